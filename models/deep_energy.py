@@ -28,7 +28,7 @@ from pyroebm.data import digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import PersistentCD, ReplayBufferCD
-from pyroebm.objectives.contrastive import advance
+from pyroebm.objectives.contrastive import run_chains
 from pyroebm.partition import bidirectional_ais
 from pyroebm.training import Guard, fit
 
@@ -184,7 +184,7 @@ def stability(
     generator = seeded_generator(recipe.seed, spawned=1)
     readings = [energy(chains)]
     for _ in range(10):
-        x, rate = advance(energy, MALA(0.4), x, age, generator)
+        x, rate = run_chains(energy, MALA(0.4), x, age, generator)
         readings.append(energy(x))
     first = readings[0]
     middle = readings[5]

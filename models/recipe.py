@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyroebm import save
 from pyroebm.core import Energy
+from pyroebm.core.files import check_writable
 from pyroebm.partition import LogZ
 from pyroebm.training import connected_ranks, process_group
 
@@ -49,7 +50,7 @@ class Recipe:
         self.seed = seed
         self.config = config
         self.out = Path("runs", name) if out is None else out
-        self.out.mkdir(parents=True, exist_ok=True)
+        check_writable(self.out / "metrics.json")
         self.metrics: dict[str, dict[str, Any]] = {}
         self._began = time.perf_counter()
         torch.manual_seed(seed)

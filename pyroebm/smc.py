@@ -14,10 +14,11 @@ from torch.distributions import Distribution
 from pyroebm.core.annealing_path import DistributionEnergy, GeometricPath
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import uniform
+from pyroebm.core.rng import seeded_generator, uniform
 from pyroebm.core.statistics import Estimate, Kind, effective, log_mean, too_few
-from pyroebm.core.supports import to_support
+from pyroebm.core.supports import is_discrete, to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
+from pyroebm.diagnostics.energy_probes import check_normalizable
 from pyroebm.kernels.adaptation.step_size import find_step_size
 from pyroebm.kernels.base import Kernel, check_kernel
 
@@ -138,10 +139,10 @@ def tempered_smc(
         the particles, their weights and log Z.
 
     Raises:
-        ValueError: if a setting is out of its range, if ``base`` does not fit, or if the kernel is
-            not exact.
-        FloatingPointError: if an energy is NaN or -inf at a draw of the base, or if it is infinite
-            at all draws of an island.
+        ValueError: if a setting is out of its range, if ``base`` does not fit, if the kernel is
+            not exact, or if the energy has no finite normalizing constant.
+        FloatingPointError: if an energy is NaN or -inf at a draw of the base, if it is infinite at
+            all draws of an island, or if no temperature step is small enough.
 
     Example:
         >>> from pyroebm import HMC
@@ -174,6 +175,7 @@ def tempered_smc(
     target, reference = unconstrain(energy), unconstrain(base)
     known = None if pilot is None else len(pilot.step_sizes)
     with eval_mode(energy), Progress(known, "SMC", "temperature", progress) as shown:
+        check_path(target, reference)
         run = _Run(target, reference, kernel, (num_islands, num_particles), generator)
         run.discard_infinite()
         level = 0
@@ -185,6 +187,23 @@ def tempered_smc(
             shown.update()
     x = to_support(energy.support)(run.x)
     return run.result(x, base.log_z, "estimate" if pilot is None else "lower")
+
+
+#: Number of draws of the base at which a path is checked.
+PROBES = 64
+
+
+def check_path(target: Energy, reference: Energy) -> None:
+    """Check that a continuous target can be normalized, at draws of the base.
+
+    The draws are not those of the run, which are independent of the check.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if not is_discrete(target.support) and target.log_z is None:
+        draws = reference.sample(PROBES, seeded_generator(0, target.device))
+        check_normalizable(target, draws)
 
 
 class _Run:
@@ -255,6 +274,13 @@ class _Run:
         for _ in range(50):
             middle = 0.5 * (low + high)
             low, high = (middle, high) if conditional_ess(middle) >= TARGET_ESS else (low, middle)
+        if self.beta + high == self.beta:
+            raise FloatingPointError(
+                f"no step from beta={self.beta} keeps the conditional ESS at {TARGET_ESS} of the"
+                f" particles: E - E_0 varies by {float(self.slope.std()):.3g} between them. The"
+                " energy has no finite normalizing constant, or the base is far too narrow or too"
+                " wide; use another base"
+            )
         return self.beta + high
 
     def advance(self, beta: float) -> None:

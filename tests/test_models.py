@@ -20,6 +20,8 @@ from lib.checks import within_se
 from matplotlib import image
 
 from models.recipe import Recipe
+from pyroebm.cli.demo import run_demo
+from pyroebm.core import FileError
 from pyroebm.targets import ManyWell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +96,14 @@ def test_empty_axes_are_no_figure(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="axes 1 of figure 'half'"):
         Recipe("none", tmp_path, 0).figure("half", fig)
     plt.close(fig)
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=r"metrics\.json: the file cannot be written"):
+        Recipe("none", tmp_path / "file" / "out", 0)
+    with pytest.raises(FileError, match=r"report\.json: the file cannot be written"):
+        run_demo(tmp_path / "file" / "out")
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:

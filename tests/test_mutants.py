@@ -17,10 +17,58 @@ from lib.scripts import ROOT
 
 #: Name: (file, what stands there, what the mutant has, tests of which one must fail).
 MUTANTS: dict[str, tuple[str, str, str, str]] = {
+    "the base counts outside the domain too": (
+        "partition/estimators.py",
+        "value = float(reference.log_z or 0.0) + log_mass + float(each.mean())",
+        "value = float(reference.log_z or 0.0) + float(each.mean())",
+        "tests/partition/test_hard_cases.py",
+    ),
+    "reverse AIS ends at the whole base": (
+        "partition/annealing.py",
+        "path.log_z + log_mass,",
+        "path.log_z,",
+        "tests/partition/test_hard_cases.py",
+    ),
+    "a heavy tail has a standard error": (
+        "core/statistics.py",
+        "if MAX_PARETO_K < k < math.inf:",
+        "if False:",
+        "tests/partition/test_hard_cases.py",
+    ),
+    "chains that never moved are a sample": (
+        "partition/bridging.py",
+        "constant = (draws == draws[:, :1]).flatten(1).all(1)",
+        "constant = draws.new_zeros(len(draws), dtype=torch.bool)",
+        "tests/partition/test_hard_cases.py",
+    ),
+    "mass beyond the numbers is not counted": (
+        "diagnostics/energy_probes.py",
+        "if least is not None and least.share > MAX_LOST_MASS:",
+        "if least is not None and least.share > 1.0:",
+        "tests/mcmc/test_edges.py",
+    ),
+    "angles are not wrapped": (
+        "core/supports.py",
+        "turns = torch.ceil((x - math.pi) / (2.0 * math.pi))",
+        "turns = torch.zeros_like(x)",
+        "tests/mcmc/test_angles.py",
+    ),
+    "a negative discriminant of a spline": (
+        "flows/zuko_flows.py",
+        "torch.where(square <= 0.0, torch.finfo(y.dtype).tiny, square).sqrt()",
+        "square.sqrt()",
+        "tests/flows/test_architectures.py",
+    ),
+    "a chain enters where its gradient is not finite": (
+        "kernels/stochastic.py",
+        "(torch.isfinite(q) & torch.isfinite(ahead)).all(1)",
+        "torch.isfinite(q).all(1)",
+        "tests/kernels/test_continuous_kernels.py",
+    ),
     "two writers share a temporary file": (
         "core/files.py",
-        'temporary = path.with_name(f"{path.name}{by}.part")',
-        'temporary = path.with_name(f"{path.name}.part")',
+        'return path.with_name(f"{path.name}.{os.getpid()}-{next(_TEMPORARY)}.part")',
+        'return path.with_name(f"{path.name}.part")',
         "tests/core/test_files.py",
     ),
     "the rate never forgets": (
@@ -34,6 +82,50 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "(self.count - self._done) / seconds",
         "self.count / seconds",
         "tests/core/test_progress.py",
+    ),
+    "predictive draws share their random numbers": (
+        "core/rowwise.py",
+        'batched, randomness="different", chunk_size=chunk_size',
+        'batched, randomness="same", chunk_size=chunk_size',
+        "tests/infer/test_predictive.py",
+    ),
+    "a number drawn in place is one for all draws": (
+        "core/rowwise.py",
+        'if getattr(func, "__name__", "") in _RANDOM or any(',
+        "if any(",
+        "tests/infer/test_predictive.py",
+    ),
+    "draws of NumPy are shared": (
+        "core/rowwise.py",
+        "if _foreign_generators() != generators:",
+        "if False:",
+        "tests/infer/test_predictive.py",
+    ),
+    "discrete latents ignore the draws": (
+        "diagnostics/pyro_model.py",
+        "model = poutine.condition(call.model, dict(values))",
+        "model = poutine.condition(handler(call.model) if handler else call.model, dict(values))",
+        "tests/infer/test_predictive.py",
+    ),
+    "likelihoods without masks and scales": (
+        "diagnostics/pyro_model.py",
+        'site["log_prob"], site["log_prob"].new_empty',
+        'site["unscaled_log_prob"], site["log_prob"].new_empty',
+        "tests/diagnostics/test_pyro_model.py",
+    ),
+    "chain 10 comes before chain 2": (
+        "diagnostics/pyro_model.py",
+        'for chain, at in diagnostics["divergences"].items():\n'
+        '            stats["diverging"][int(chain.split()[-1]), at] = True',
+        'for row, chain in enumerate(sorted(diagnostics["divergences"])):\n'
+        '            stats["diverging"][row, diagnostics["divergences"][chain]] = True',
+        "tests/diagnostics/test_pyro_model.py",
+    ),
+    "a plate of another size names a dimension": (
+        "diagnostics/pyro_model.py",
+        "if batch[at] == frame.size:",
+        "if True:",
+        "tests/diagnostics/test_pyro_model.py",
     ),
     "fit shows no progress": (
         "training/trainer.py",
@@ -283,9 +375,69 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "a file's group is read whole": (
         "core/files.py",
-        "return data.isel(draw=draws).load()",
-        "return data.load()",
+        "groups[name] = data.isel(draw=draws).load()",
+        "groups[name] = data.load()",
         "tests/core/test_files.py",
+    ),
+    "the lock of a living process is taken over": (
+        "core/files.py",
+        "if holder is not None and holder.is_dead():",
+        "if holder is not None:",
+        "tests/core/test_files.py",
+    ),
+    "a process is known by its number alone": (
+        "core/files.py",
+        "return _started(self.pid) != self.started",
+        "return False",
+        "tests/core/test_files.py",
+    ),
+    "the checksum of a part is not compared": (
+        "core/files.py",
+        "if seal.removeprefix(SEAL) != _checksum_of_begin(path, size):",
+        "if False:",
+        "tests/core/test_damaged_files.py",
+    ),
+    "a compressed file may take any memory": (
+        "core/files.py",
+        "if size > limit:",
+        "if False:",
+        "tests/core/test_damaged_files.py",
+    ),
+    "threads swap the default generator together": (
+        "core/rng.py",
+        "    with _LOCK:\n        outer = get()",
+        "    if True:\n        outer = get()",
+        "tests/core/test_rng.py",
+    ),
+    "a missing part is left out": (
+        "mcmc/storage.py",
+        "if start != count:",
+        "if False:",
+        "tests/mcmc/test_long_runs.py",
+    ),
+    "a start that was killed is a run": (
+        "mcmc/storage.py",
+        "started = all(",
+        "started = any(",
+        "tests/mcmc/test_long_runs.py",
+    ),
+    "updates to infinity pass": (
+        "training/trainer.py",
+        'return "the updated parameters are not finite"',
+        "return None",
+        "tests/training/test_blow_ups.py",
+    ),
+    "weights of a failed step stay": (
+        "training/guards.py",
+        "self.state.restore(self.kept, learned_only=True)",
+        "pass",
+        "tests/training/test_blow_ups.py",
+    ),
+    "a stopped process is waited for": (
+        "training/distributed.py",
+        "elif time.monotonic() - since > self.timeout:",
+        "elif False:",
+        "tests/training/test_distributed.py",
     ),
 }
 

@@ -18,7 +18,7 @@ from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
 from pyroebm.cli.demo_report import conclusion, draw_figures, table
-from pyroebm.core.files import write_json, write_netcdf
+from pyroebm.core.files import check_writable, write_json, write_netcdf
 from pyroebm.core.progress import Progress
 from pyroebm.core.statistics import ess_bulk, mcse_mean, r_hat
 from pyroebm.core.wrappers import PotentialFn
@@ -202,7 +202,7 @@ def run_demo(
     Returns:
         The report, as in ``report.json``.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "report.json")
     energy = DoubleWell().double()
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(5)]
     chains, max_draws, pyro_draws, steps, n = (

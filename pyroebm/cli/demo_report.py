@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,15 @@ def conclusion(report: Metrics) -> str:
 
     def with_error(metrics: Metrics) -> str:
         mass, error = metrics["right_mass"], metrics["right_mass_se"]
+        if not math.isfinite(error):
+            return f"{mass:.4f} (no standard error)"
         deviation = abs(mass - truth["right_mass"]) / error if error else float("inf")
         return f"{mass:.4f} +- {error:.4f} ({deviation:.1f} standard errors off)"
+
+    log_z, log_z_error = weighted["log_z"], weighted["log_z_se"]
+    found = f"{log_z:.4f}" + (
+        f" +- {log_z_error:.4f}" if math.isfinite(log_z_error) else " (no standard error)"
+    )
 
     missed = [LABELS[name] for name, metrics in report.items() if metrics["missed_modes"]]
     first = nuts["at_1000_draws"]
@@ -155,7 +163,7 @@ def conclusion(report: Metrics) -> str:
         f" after {nuts['draws']:,} draws of {nuts['chains']} chains where the first"
         f" {first['draws']:,} left {first['r_hat']:.2f},"
         f" and weighted redundant NICE finds {with_error(weighted)}, with log Z"
-        f" {weighted['log_z']:.4f} +- {weighted['log_z_se']:.4f}"
+        f" {found}"
         f" where the truth is {truth['log_z']:.4f}; NICE with D = 1, a Gaussian, stays at J ="
         f" {nice['j']:.4f}; the right well"
         f" was missed by {' and '.join(missed) or 'no method'}."

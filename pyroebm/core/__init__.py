@@ -10,7 +10,7 @@ from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.saving import Saveable
 from pyroebm.core.statistics import Estimate
-from pyroebm.core.supports import spin
+from pyroebm.core.supports import circular, spin
 from pyroebm.core.wrappers import (
     Conditioned,
     LogRegularized,
@@ -41,6 +41,7 @@ __all__ = [
     "curvatures",
     "score",
     "seeded_generator",
+    "circular",
     "spin",
     "unit_directions",
     "value_and_grad",

@@ -14,9 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from pyro.ops import special
 from torch import Tensor, fx, nn
-from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.distributions import dirichlet
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -33,6 +39,7 @@ __all__ = [
     "SpectralNorm",
     "all_true",
     "compile_graph",
+    "functions_in_vmap",
     "held_by",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
@@ -478,14 +485,56 @@ def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch._standard_gamma(shapes, generator=generator)
 
 
+class _Dirichlet:
+    """Draws of torch's Dirichlet distribution, in ``vmap`` without their derivative."""
+
+    function = dirichlet._Dirichlet
+
+    @classmethod
+    def apply(cls, concentration: Tensor) -> Tensor:
+        if peek_interpreter_stack() is None:
+            return cast(Tensor, cls.function.apply(concentration))
+        return torch._sample_dirichlet(concentration)
+
+
+class _SafeLog:
+    """Pyro's logarithm, whose derivative is bounded at 0."""
+
+    function = special._SafeLog
+
+    @classmethod
+    def apply(cls, x: Tensor) -> Tensor:
+        if peek_interpreter_stack() is None:
+            return cast(Tensor, cls.function.apply(x))
+        bounded = x.detach().clamp(min=torch.finfo(x.dtype).eps)
+        return x.detach().log() + (x - x.detach()) / bounded
+
+
+@contextlib.contextmanager
+def functions_in_vmap() -> Iterator[None]:
+    """Replace each ``autograd.Function`` of torch and Pyro that ``vmap`` does not support.
+
+    These are the draws of Beta and Dirichlet distributions, which have no derivative then, and
+    Pyro's ``safe_log``. Code outside of transforms, as that of other threads, is not affected.
+    """
+    before = dirichlet._Dirichlet, special._SafeLog
+    dirichlet._Dirichlet, special._SafeLog = _Dirichlet, _SafeLog  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        dirichlet._Dirichlet, special._SafeLog = before  # type: ignore[misc]
+
+
 def multiply_each(tensors: list[Tensor] | tuple[Tensor, ...], by: Tensor) -> tuple[Tensor, ...]:
     """Multiply all tensors by one number, in one call."""
     return torch._foreach_mul(tensors, by)
 
 
-def norm_of_each(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Compute the Euclidean norms of all tensors, in one call."""
-    return torch._foreach_norm(tensors)
+def norm_of_each(
+    tensors: list[Tensor] | tuple[Tensor, ...], order: float = 2.0
+) -> tuple[Tensor, ...]:
+    """Compute the norms of all tensors, Euclidean by default, in one call."""
+    return torch._foreach_norm(tensors, order)
 
 
 def held_by(*roots: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:

@@ -67,6 +67,14 @@ _SAVED_FRACTION = 0.8
 _FEW_GRADIENTS = 2000
 
 
+def _example(energy: Energy, count: int) -> Tensor:
+    """Return states to capture an energy with, zeros if none of finite energy is found."""
+    try:
+        return energy.initial(count, torch.Generator(energy.device).manual_seed(0))
+    except ValueError:  # the run starts from states of the user
+        return torch.zeros(count, *energy.event_shape, dtype=energy.dtype, device=energy.device)
+
+
 class Captured(NamedTuple):
     """Value and gradient of a batch as a graph of tensor operations, with the tensors it holds.
 
@@ -84,7 +92,7 @@ class Captured(NamedTuple):
             ValueError: if random numbers are drawn.
         """
         count = shape[: len(shape) - len(energy.event_shape)].numel()
-        x = energy.initial(count, torch.Generator(energy.device).manual_seed(0)).reshape(shape)
+        x = _example(energy, count).reshape(shape)
 
         def traced(x: Tensor) -> tuple[Tensor, Tensor]:
             # a distribution that validates its arguments would branch on the values of the batch
@@ -560,7 +568,7 @@ def _compiled_loops(energy: Energy, must: bool, say: Callable[[str], None]) -> E
     say("compiling the kernel, up to a minute, once for this energy")
     # a later function may fail although this one compiles: it warns if ``must`` is False
     view = Compiled(energy, must)
-    view.attempt(_probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {})
+    view.attempt(_probe, (_example(energy, 2),), {})
     return view
 
 

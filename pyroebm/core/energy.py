@@ -37,6 +37,7 @@ from pyroebm.core.saving import Saveable
 from pyroebm.core.supports import (
     draw_initial,
     inside,
+    is_circular,
     is_discrete,
     same_support,
     search_finite,
@@ -272,6 +273,19 @@ class Energy(Saveable):
         """
         return self
 
+    def angles(self) -> tuple[str, ...]:
+        """Return the names of the variables of :meth:`named` that are angles modulo 2 pi.
+
+        They are those of the support :data:`pyroebm.core.circular`. Diagnoses use their sine and
+        cosine.
+        """
+        return ("x",) if is_circular(self.support) else ()
+
+    @property
+    def angle_mask(self) -> Tensor | None:
+        """Entries of a flat state in which the energy has the period 2 pi, a mask; None without."""
+        return None
+
     @property
     def _source(self) -> Energy:
         """The energy that identifies this one in caches: itself, or the one that a view wraps."""
@@ -457,6 +471,15 @@ class View(Energy):
     def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
         return self.energy.named(x)
+
+    def angles(self) -> tuple[str, ...]:
+        """Return the names of the variables that are angles."""
+        return self.energy.angles()
+
+    @property
+    def angle_mask(self) -> Tensor | None:
+        """Entries of a flat state in which the energy is periodic."""
+        return self.energy.angle_mask
 
 
 class SharesLogZ(Energy):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import abc
 import itertools
+import random
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
@@ -22,6 +24,7 @@ from pyroebm.core._torch_private import (
     RandomOperations,
     Recorder,
     all_true,
+    functions_in_vmap,
     is_batchedtensor,
     outside_transforms,
     storage_of,
@@ -33,7 +36,7 @@ from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import event_numel
 from pyroebm.core.wrappers import eval_mode
 
-__all__ = ["RowsFailAlone", "RowsInABatch", "RowwiseEnergy"]
+__all__ = ["RowsFailAlone", "RowsInABatch", "RowwiseEnergy", "map_rows"]
 
 #: Maximum number of graphs kept: one for each batch shape, dtype and device.
 MAX_GRAPHS = 8
@@ -146,6 +149,16 @@ _CHANGE_NO_VALUES = {
 }
 
 
+#: In-place methods that draw random numbers: another one for each event.
+_RANDOM = {
+    f"{name}_"
+    for name in (
+        *("bernoulli", "cauchy", "exponential", "geometric", "log_normal"),
+        *("normal", "random", "uniform"),
+    )
+}
+
+
 def _in_place(func: Any) -> tuple[bool, Callable[..., Any] | None]:
     """Return whether a function writes into its first argument, and its out-of-place method.
 
@@ -166,7 +179,7 @@ class RowsInABatch(TorchFunctionMode):
 
     The shapes must not depend on the event. The operations are assignment of one number where a
     mask is True, selection by a mask that does not depend on the event, ``x.data``, and writing
-    into a tensor that does not depend on the event.
+    into a tensor that does not depend on the event, also of random numbers (``x.exponential_()``).
 
     A tensor that does not depend on the event becomes one for each event when a value of an event
     is written into it. The variables of the caller's code still refer to the old tensor and its
@@ -202,10 +215,15 @@ class RowsInABatch(TorchFunctionMode):
         writes = writes and isinstance(next(iter(args), None), Tensor)
         if writes and not is_batchedtensor(args[0]):
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if any(is_batchedtensor(self._current(tensor)) for tensor in given):
+            if getattr(func, "__name__", "") in _RANDOM or any(
+                is_batchedtensor(self._current(tensor)) for tensor in given
+            ):
                 self._copy(args[0])
         if self.copies:
-            args, kwargs = tree_map_only(Tensor, self._current, (args, kwargs))
+            # a Size stays one: x.new(Size([])) is a scalar, x.new(()) is empty
+            args, kwargs = tree_map_only(
+                Tensor, self._current, (args, kwargs), is_leaf=lambda part: type(part) is torch.Size
+            )
         if writes and result is not None and is_batchedtensor(args[0]):
             # vmap supports more out-of-place functions than in-place ones
             return args[0].copy_(self.REPLACEMENTS.get(result, result)(*args, **kwargs))
@@ -224,6 +242,90 @@ class RowsInABatch(TorchFunctionMode):
         if tensor.is_contiguous() and tensor.numel() == copy.numel():
             return copy.view(tensor.shape)  # the usual case; this graph is easier to compile
         return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def map_rows(
+    function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    rows: Mapping[str, Tensor],
+    num_rows: int,
+    *,
+    name: str,
+    chunk_size: int | None = None,
+    random_values: bool = False,
+) -> dict[str, Tensor]:
+    """Apply a function of the named tensors of one row to all rows, with ``torch.func.vmap``.
+
+    The function is evaluated without gradients.
+
+    Random numbers, from torch's default generator, differ between rows. Where ``vmap`` cannot run
+    the function, or its values are not those of a plain call, the rows are computed one by one,
+    with a RuntimeWarning that states the reason. So they are where the function draws from the
+    generators of Python or NumPy, which would give all rows the same numbers.
+
+    Args:
+        function: from the named tensors of a row, each of shape ``event``, to named tensors.
+        rows: named tensors of shape ``(num_rows, *event)``; there may be none.
+        num_rows: number of rows, at least 1.
+        name: what the warning calls the function.
+        chunk_size: number of rows that are computed together; None is all.
+        random_values: whether the values are random, so that they cannot be compared.
+
+    Returns:
+        named tensors of shape ``(num_rows, *shape)``.
+    """
+
+    def batched(index: Tensor, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        with functions_in_vmap(), RowsFailAlone(), RowsInABatch(index):
+            return function(row)
+
+    def single(k: int) -> dict[str, Tensor]:
+        with RowsFailAlone():
+            return function({key: value[k] for key, value in rows.items()})
+
+    with _LOCK, torch.no_grad(), warnings.catch_warnings():
+        # torch's remarks on its own batching rules
+        warnings.filterwarnings("ignore", message=r"(There is a performance drop|An output with)")
+        before = _foreign_generators()
+        first = None if random_values else single(0)
+        try:
+            found: dict[str, Tensor] = torch.func.vmap(
+                batched, randomness="different", chunk_size=chunk_size
+            )(torch.zeros(num_rows), dict(rows))
+            reason = _difference(found, first, before)
+        except Exception as error:  # any error of vmap: the loop can still work
+            text = str(error).strip()
+            reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+        if reason is None:
+            return found
+        first = single(0)  # an error of the function itself is raised here, without a warning
+        warnings.warn(
+            f"{name} cannot be vectorized with torch.func.vmap and runs draw by draw, which is"
+            f" slow: {reason.rstrip('. ')}. Write branches and shapes that depend on a latent value"
+            " with torch.where and masks",
+            RuntimeWarning,
+            stacklevel=stacklevel_of_user(),
+        )
+        each = [first, *(single(k) for k in range(1, num_rows))]
+        return {key: torch.stack([values[key] for values in each]) for key in first}
+
+
+def _foreign_generators() -> tuple[Any, ...]:
+    """Return the states of the global generators of Python and NumPy."""
+    _, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (a model may use it)
+    return random.getstate(), np.asarray(keys).tobytes(), *rest
+
+
+def _difference(
+    found: dict[str, Tensor], first: dict[str, Tensor] | None, generators: tuple[Any, ...]
+) -> str | None:
+    """Return why vectorized values are not those of a loop, or None if nothing differs."""
+    if _foreign_generators() != generators:
+        return "it draws from the generators of Python or NumPy"
+    for key, value in (first or {}).items():
+        pair = found[key][0].double(), value.double()  # truth values cannot be subtracted
+        if not torch.allclose(*pair, rtol=1e-3, atol=1e-3, equal_nan=True):
+            return f"its value {key!r} differs from that of a plain call"
+    return None
 
 
 def version(tensor: Tensor) -> tuple[int, int]:
@@ -326,7 +428,7 @@ class RowwiseEnergy(Energy):
 
     def _vmapped(self, rows: Tensor) -> Tensor:
         def value(row: Tensor) -> Tensor:
-            with RowsFailAlone(), RowsInABatch(row):
+            with functions_in_vmap(), RowsFailAlone(), RowsInABatch(row):
                 return self.row_energy(row)
 
         # a draw that the energy does not depend on, such as a prediction, may differ between events

@@ -56,7 +56,7 @@ from pyroebm.core._torch_private import (
 )
 from pyroebm.core.files import FileError, checksum, read_tensors, write_tensors
 from pyroebm.core.rng import drawing_from, seeded_generator
-from pyroebm.core.supports import spin
+from pyroebm.core.supports import circular, spin
 
 __all__ = ["Saveable", "describe_call", "load", "save"]
 
@@ -82,6 +82,8 @@ NAMESPACES: dict[str, tuple[Any, tuple[type, ...]]] = {
 ATTRIBUTES = {"base_distribution": "base_dist", "scale_tril": "_unbroadcasted_scale_tril"}
 #: Classes of this library, by subpackage and name.
 _CLASSES: dict[str, type[Saveable]] = {}
+#: Constraints of the library, by name.
+_OWN_SUPPORTS: dict[str, Constraint] = {"circular": circular, "spin": spin}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -533,8 +535,9 @@ class _Writer:
             return {"dict": {k: self.described(v, f"{where}.{k}", module) for k, v in items}}
         if isinstance(value, torch.dtype):
             return {"dtype": _name_of_dtype(value)}
-        if isinstance(value, type(spin)):
-            return {"constant": "spin"}
+        for known_name, support in _OWN_SUPPORTS.items():
+            if isinstance(value, type(support)):
+                return {"constant": known_name}
         if isinstance(value, Constraint) and (name := _constant_name(value)):
             return {"constant": name}
         if (known := _torch_name(type(value))) is not None:
@@ -812,7 +815,7 @@ class _Reader:
         if kind == "dtype":
             return _dtype(content)
         if kind == "constant":
-            constant = spin if content == "spin" else getattr(constraints, content)
+            constant = _OWN_SUPPORTS.get(content) or getattr(constraints, content)
             if isinstance(constant, Constraint):
                 return constant
         raise ValueError(f"the description has an unknown entry {kind!r}")

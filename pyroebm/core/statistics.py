@@ -28,6 +28,7 @@ __all__ = [
     "effective",
     "log_mean",
     "too_few",
+    "weight_problem",
     "Estimate",
     "energy_distance",
     "maximum_mean_discrepancy",
@@ -181,7 +182,7 @@ def pareto_k(log_weights: Tensor | np.ndarray) -> float:
 
     Returns:
         k; above 0.7 the estimates are unreliable. ``inf`` if the tail has fewer than five weights,
-        ``-inf`` if all weights are equal.
+        ``-inf`` if the largest weights, as many as a tail has, are equal.
 
     Example:
         >>> pareto_k(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.1) < 0.5
@@ -191,7 +192,8 @@ def pareto_k(log_weights: Tensor | np.ndarray) -> float:
         log_weights.detach().cpu().numpy() if isinstance(log_weights, Tensor) else log_weights,
         dtype=np.float64,
     )
-    if np.ptp(logs) < 1e-12:
+    tail = math.ceil(min(0.2 * len(logs), 3.0 * math.sqrt(len(logs))))
+    if np.ptp(np.sort(logs)[-tail - 1 :]) < 1e-12:
         return -np.inf
     # the fit of the tail computes likelihood ratios outside the range of float64
     with np.errstate(over="ignore", invalid="ignore"):
@@ -240,6 +242,36 @@ def too_few(ess: float, num_samples: int) -> bool:
     return ess <= min(0.25 * num_samples, ENOUGH)
 
 
+#: Smallest effective sample size, and largest Pareto k, of weights that have a standard error.
+MIN_ESS, MAX_PARETO_K = 10.0, 0.7
+
+
+def weight_problem(log_weights: Tensor, ess: float, k: float) -> str | None:
+    """Return why independent weights give no standard error of their mean; None if they do.
+
+    Args:
+        log_weights: log weights, shape ``(n,)``.
+        ess: their effective sample size.
+        k: their Pareto k.
+
+    Example:
+        >>> weight_problem(torch.zeros(100), 100.0, -math.inf) is None
+        True
+        >>> print(weight_problem(torch.linspace(0.0, 30.0, 100), 3.8, 2.5))
+        the ESS of the weights is 3.8 of 100, below 10
+    """
+    n = len(log_weights)
+    if n < 2:
+        return "there is one weight"
+    if ess < MIN_ESS:
+        return f"the ESS of the weights is {ess:.3g} of {n}, below {MIN_ESS:g}"
+    if too_few(ess, n):
+        return f"the ESS of the weights is {ess:.3g} of {n}: a few of them dominate"
+    if MAX_PARETO_K < k < math.inf:  # inf: there are too few weights to estimate k
+        return f"the Pareto k of the weights is {k:.2g}, above {MAX_PARETO_K:g}"
+    return None
+
+
 def log_mean(log_weights: Tensor) -> LogMean:
     r"""Compute :math:`\log \frac1n \sum_i w_i`, its standard error and the effective sample size.
 
@@ -286,7 +318,8 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: the number.
-        standard_error: its standard error; 0 for an exact number.
+        standard_error: its standard error; 0 for an exact number; ``inf`` or NaN if the draws do
+            not determine one.
         kind: "exact", "estimate", or "lower" or "upper" if its mean is below or above the true
             value.
 
@@ -305,6 +338,8 @@ class Estimate(NamedTuple):
         return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
     def __str__(self) -> str:
+        if not math.isfinite(self.standard_error):
+            return f"{self.value:.4g} (no standard error)"
         return f"{self.value:.4g} +- {self.standard_error:.2g}"
 
 

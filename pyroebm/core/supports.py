@@ -1,7 +1,7 @@
 """Supports of energies, their transforms to unconstrained coordinates, and default starting states.
 
-Supports are :mod:`torch.distributions.constraints`; :data:`spin` is the one that torch lacks. An
-elementwise constraint holds for every entry of an event, so ``real`` is valid for events of any
+Supports are :mod:`torch.distributions.constraints`; torch lacks :data:`spin` and :data:`circular`.
+An elementwise constraint holds for every entry of an event, so ``real`` is valid for events of any
 shape.
 """
 
@@ -20,13 +20,16 @@ from torch.distributions.transforms import identity_transform
 from pyroebm.core.rng import uniform
 
 __all__ = [
+    "circular",
     "spin",
+    "bijection_of",
     "base_constraint",
     "is_discrete",
     "is_real",
     "same_support",
     "draw_initial",
     "inside",
+    "is_circular",
     "mean_free_basis",
     "search_finite",
     "site_values",
@@ -49,6 +52,75 @@ class _Spin(Constraint):
 
 
 spin = _Spin()
+
+
+class _Circular(Constraint):
+    """Each entry is an angle modulo 2 pi, from -pi to pi."""
+
+    event_dim = 0
+
+    def check(self, value: Tensor) -> Tensor:
+        return value.abs() <= math.pi
+
+
+circular = _Circular()
+
+
+class _Wrap(Transform):
+    r"""The map of real numbers to angles in :math:`(-\pi, \pi]`, modulo 2 pi.
+
+    Its inverse is the identity. Kernels move on the real line, along which an energy of angles is
+    periodic.
+    """
+
+    domain = constraints.real
+    codomain = circular
+    bijective = True
+    sign = +1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Wrap)
+
+    def _call(self, x: Tensor) -> Tensor:
+        # rounded, the angle may be outside by the last digit
+        turns = torch.ceil((x - math.pi) / (2.0 * math.pi))
+        return (x - 2.0 * math.pi * turns).clamp(-math.pi, math.pi)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@biject_to.register(_Circular)  # type: ignore[untyped-decorator]
+def _biject_to_circular(constraint: Constraint) -> Transform:
+    return _Wrap()
+
+
+def bijection_of(distribution: Any) -> Transform:
+    """Return the bijection from unconstrained coordinates to the support of a distribution.
+
+    It is torch's ``biject_to(distribution.support)``, except for the von Mises distributions of
+    Pyro and torch, whose support is the circle although they declare the real line.
+
+    Example:
+        >>> from torch.distributions import Normal, VonMises
+        >>> far = torch.tensor(7.0)
+        >>> bijection_of(VonMises(0.0, 1.0))(far), bijection_of(Normal(0.0, 1.0))(far)
+        (tensor(0.7168), tensor(7.))
+    """
+    base = distribution
+    while hasattr(base, "base_dist") and not hasattr(base, "transforms"):
+        base = base.base_dist
+    periodic = isinstance(base, torch.distributions.VonMises)
+    transform: Transform = biject_to(circular if periodic else distribution.support)
+    return transform
+
+
+def is_circular(support: Constraint) -> bool:
+    """Whether each entry of an event is an angle."""
+    return isinstance(base_constraint(support), _Circular)
 
 
 def base_constraint(support: Constraint) -> Constraint:
@@ -183,7 +255,8 @@ def draw_initial(
     """Draw starting states in a support, of a given ``shape`` (batch and event together).
 
     For continuous supports they are uniform on (-2, 2) in unconstrained coordinates, as in Stan and
-    Pyro; for discrete ones, uniform on the values of each site.
+    Pyro; for angles, uniform on the circle; for discrete supports, uniform on the values of each
+    site.
     """
     shape = torch.Size(shape)
     base = base_constraint(support)
@@ -209,6 +282,8 @@ def draw_initial(
         low, high = base.lower_bound, base.upper_bound
         drawn: Tensor = low + torch.floor(noise(shape) * (high - low + 1))
         return drawn.clamp(max=high).to(dtype)
+    if isinstance(base, _Circular):
+        return (2.0 * noise(shape) - 1.0) * math.pi
     if base.is_discrete:
         raise ValueError(
             f"support={support} has no default starting states; override initial(n, generator) in"

@@ -14,7 +14,14 @@ from torch.distributions.constraints import Constraint
 
 from pyroebm.core.conditionals import Index, blocks_of, conditional_of, restricted
 from pyroebm.core.energy import Energy, SharesLogZ, View
-from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
+from pyroebm.core.supports import (
+    base_constraint,
+    event_sum,
+    is_circular,
+    is_discrete,
+    is_real,
+    unconstraining,
+)
 
 __all__ = [
     "LogRegularized",
@@ -337,6 +344,17 @@ class Unconstrained(SharesLogZ):
     def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
         return self.energy.named(self.constrain(x))
+
+    def angles(self) -> tuple[str, ...]:
+        """Return the names of the variables that are angles."""
+        return self.energy.angles()
+
+    @property
+    def angle_mask(self) -> Tensor | None:
+        """All entries, if the support is circular."""
+        if not is_circular(self.energy.support):
+            return None
+        return torch.ones(self.event_shape.numel(), dtype=torch.bool, device=self.device)
 
     @property
     def _source(self) -> Energy:

@@ -6,15 +6,13 @@ Nothing is downloaded.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyroebm.core.files import read_arrays, read_bytes
+from pyroebm.core.files import FileError, read_arrays, read_bytes, reading
 from pyroebm.core.rng import seeded_generator, uniform
 from pyroebm.data.datasets import Split
 
@@ -65,7 +63,7 @@ def load_binary(
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a file is missing, damaged or of another format.
+        FileError: if a file is missing, damaged or of another format.
 
     Example:
         >>> import tempfile
@@ -81,13 +79,23 @@ def load_binary(
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise ValueError(f"path must exist, got {str(path)!r}. {HELP}")
+        raise FileError(path, f"there is no such file or folder. {HELP}")
     arrays = _from_folder(path) if path.is_dir() else _from_npz(path)
+    with reading(path):
+        return _split(path, arrays, threshold, dtype)
+
+
+def _split(
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    threshold: float | None,
+    dtype: torch.dtype | None,
+) -> Split:
     for part, array in arrays.items():
         if array.dtype.kind not in "buif" or not array.size:
-            raise ValueError(
-                f"{str(path)!r}: {part} must hold numbers, got shape {array.shape} of"
-                f" {array.dtype}. {HELP}"
+            raise FileError(
+                path,
+                f"{part} must hold numbers, got shape {array.shape} of {array.dtype}. {HELP}",
             )
     images = [
         x if x.dtype == np.uint8 else x.astype(np.float32)
@@ -95,9 +103,9 @@ def load_binary(
     ]
     train, test = (torch.from_numpy(part.reshape(len(part), -1)) for part in images)
     if train.shape[1] != test.shape[1]:
-        raise ValueError(
-            f"{str(path)!r}: training images have {train.shape[1]} pixels, test images"
-            f" {test.shape[1]}"
+        raise FileError(
+            path,
+            f"training images have {train.shape[1]} pixels, test images {test.shape[1]}",
         )
     labels = [
         torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)).flatten()
@@ -105,9 +113,7 @@ def load_binary(
     ]
     for pixels, classes, part in zip((train, test), labels, ("training", "test"), strict=True):
         if len(pixels) != len(classes):
-            raise ValueError(
-                f"{str(path)!r}: {len(pixels)} {part} images have {len(classes)} labels"
-            )
+            raise FileError(path, f"{len(pixels)} {part} images have {len(classes)} labels")
     bits, how = _binarize([train, test], threshold)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     return Split(bits[0].to(dtype), bits[1].to(dtype), labels[0], labels[1], how)
@@ -140,7 +146,7 @@ def _find(folder: Path, name: str) -> Path:
     for candidate in names:
         if (folder / candidate).is_file():
             return folder / candidate
-    raise ValueError(f"{str(folder)!r} holds none of {names}. {HELP}")
+    raise FileError(folder, f"it holds none of {names}. {HELP}")
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -150,7 +156,8 @@ def read_idx(path: Path) -> np.ndarray:
         path: the file.
 
     Raises:
-        ValueError: if it is missing or damaged.
+        FileError: if it is missing, damaged or of another format, or would take more than 64 MiB
+            and more than 100 times its size when decompressed.
 
     Example:
         >>> import tempfile
@@ -159,37 +166,27 @@ def read_idx(path: Path) -> np.ndarray:
         ...     read_idx(Path(folder, "labels"))
         array([5, 0, 4], dtype=uint8)
     """
-    try:
-        content = read_bytes(path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({error}): it is damaged or incomplete; download it"
-            f" again. {HELP}"
-        ) from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(
-            f"{str(path)!r} must be an IDX file of bytes, which starts with 00 00 08, got"
-            f" {content[:4].hex(' ')}. {HELP}"
-        )
-    begin = 4 + 4 * content[3]
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, begin, 4)]
-    if len(content) != begin + math.prod(shape):
-        raise ValueError(
-            f"{str(path)!r} must have {begin + math.prod(shape)} bytes for an array of shape"
-            f" {tuple(shape)}, got {len(content)}:"
-            " it is damaged or incomplete; download it again"
-        )
-    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape).copy()
+    shape: list[int] = []
+
+    def measure(start: bytes) -> int:
+        """Return the size of the content by its header: 0, 0, 8, the dimensions and the shape."""
+        begin = 4 + 4 * start[3] if len(start) > 3 else 0
+        if start[:3] != b"\x00\x00\x08" or len(start) < begin:
+            raise FileError(
+                path,
+                "it must be an IDX file of bytes, which starts with 00 00 08, got"
+                f" {start[:4].hex(' ')}. {HELP}",
+            )
+        shape[:] = (int.from_bytes(start[at : at + 4], "big") for at in range(4, begin, 4))
+        return begin + math.prod(shape)
+
+    content = read_bytes(path, measure)
+    with reading(path):  # more dimensions than NumPy has
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 def _from_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        found, all_names = read_arrays(path, set().union(*NPZ.values()))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read as .npz ({error}): it is damaged, or of another format."
-            f" {HELP}"
-        ) from error
+    found, all_names = read_arrays(path, set().union(*NPZ.values()))
     names = {
         part: next((name for name in choices if name in found), None)
         for part, choices in NPZ.items()
@@ -197,8 +194,9 @@ def _from_npz(path: Path) -> dict[str, np.ndarray]:
     found = {part: found[name] for part, name in names.items() if name is not None}
     for part in ("train", "test", "train_labels", "test_labels"):
         if part not in found:
-            raise ValueError(f"{str(path)!r} must hold one of {NPZ[part]}, got {all_names}. {HELP}")
+            raise FileError(path, f"it must hold one of {NPZ[part]}, got {all_names}. {HELP}")
     for part in ("train", "train_labels"):
         later = found.pop("valid" if part == "train" else "valid_labels", None)
-        found[part] = found[part] if later is None else np.concatenate([found[part], later])
+        with reading(path):  # of other shapes
+            found[part] = found[part] if later is None else np.concatenate([found[part], later])
     return found

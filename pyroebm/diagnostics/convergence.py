@@ -130,6 +130,10 @@ class Diagnosis:
         return f"<p>{self._numbers()}</p>" + (f"<ul>{items}</ul>" if items else "")
 
 
+#: Functions of the dictionary of sites ``(chains, draws, *shape)``, by name.
+Observables = Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]]
+
+
 class KernelProperties(Protocol):
     """Protocol of the properties of a kernel that a diagnosis uses."""
 
@@ -159,6 +163,8 @@ def diagnose(
     kernel: KernelProperties | None = None,
     energy: Energy | None = None,
     named: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+    observables: Observables | None = None,
+    angles: Sequence[str] = (),
     first_chain: int = 0,
     num_chains: int | None = None,
 ) -> Diagnosis:
@@ -184,6 +190,12 @@ def diagnose(
         energy: the energy in the coordinates of ``draws``; None omits the checks that need it.
         named: function from states ``(*batch, *event)`` to the sites of the results; None is one
             site ``"x"``.
+        observables: functions of the dictionary of sites, by name, which are diagnosed in place of
+            the sites. For example, draws of an energy with a symmetry need not agree between
+            chains, while every invariant observable must:
+            ``{"magnetization": lambda sites: sites["x"].mean(-1).abs()}``.
+        angles: names of the sites that are angles. Their sine and cosine are diagnosed in place of
+            them, since an angle near pi jumps to -pi.
         first_chain: number of the first of these chains in the run, if a rank has some of its
             chains.
         num_chains: number of all chains of the run.
@@ -214,9 +226,39 @@ def diagnose(
         draws = tensor_of_numbers(draws, "draws")
     if stats is None:
         stats = {"diverging": torch.zeros(draws.shape[:2], dtype=torch.bool)}
-    sites = named or (lambda x: {"x": x})
+    sites = _diagnosed(named or (lambda x: {"x": x}), observables, angles)
     run = _Run(draws, stats, kernel, energy, sites, first_chain, num_chains or len(draws))
     return Diagnosis(*run.numbers(), run.findings(max_r_hat, min_ess))
+
+
+def _diagnosed(
+    named: Callable[[Tensor], Mapping[str, Tensor]],
+    observables: Observables | None,
+    angles: Sequence[str],
+) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """Return the function from states to what is diagnosed, by name."""
+
+    def diagnosed(x: Tensor) -> dict[str, Tensor]:
+        sites, found = named(x), dict[str, Tensor]()
+        batch = next(iter(sites.values())).shape[:2]
+        if observables is not None:
+            for name, function in observables.items():
+                found[name] = function(sites)
+                if found[name].shape[:2] != batch:
+                    raise ValueError(
+                        f"observables[{name!r}] must map sites of shape (chains, draws, ...) to"
+                        f" values of shape (chains, draws, ...), here {tuple(batch)}, got shape"
+                        f" {tuple(found[name].shape)}"
+                    )
+            return found
+        for name, value in sites.items():
+            if name in angles:
+                found |= {f"cos({name})": value.cos(), f"sin({name})": value.sin()}
+            else:
+                found[name] = value
+        return found
+
+    return diagnosed
 
 
 #: R-hat above which single chains are considered as the cause.
@@ -363,7 +405,12 @@ class _Run:
             direction[k] = far[k] if far[k] > 0 else 1.0
             tail = find_tail(energy, base.reshape(event), direction.reshape(event))
             found += [(tail, [k])] if tail else []
-        if found or len(base) > NUM_LINES or not has_gradient(energy, some.reshape(-1, *event)):
+        if (
+            found
+            or energy.angle_mask is not None
+            or len(base) > NUM_LINES
+            or not has_gradient(energy, some.reshape(-1, *event))
+        ):
             return found
         farthest = offsets[int(offsets.double().norm(dim=1).argmax())]
         flat = flat_part(energy, base.reshape(event), farthest.reshape(event))
@@ -382,7 +429,8 @@ class _Run:
         ratio = parts.mean(1).std(0, correction=0) / within
         order = ratio.nan_to_num(nan=torch.inf).argsort(descending=True)
         found: list[int] = order[:MAX_EXAMINED].tolist()
-        return found
+        periodic = None if self.energy is None else self.energy.angle_mask
+        return found if periodic is None else [k for k in found if not bool(periodic[k])]
 
     def nonfinite(self) -> Finding | None:
         """Check for non-finite energies near divergent draws."""

@@ -16,9 +16,21 @@ from torch import Tensor
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, standard_normal
 from pyroebm.core.rowwise import RowsFailAlone
+from pyroebm.core.supports import is_discrete
+from pyroebm.core.wrappers import Unconstrained
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR
 
-__all__ = ["Edge", "Tail", "find_edge", "find_tail", "flat_part", "has_gradient"]
+__all__ = [
+    "Edge",
+    "LostMass",
+    "Tail",
+    "check_normalizable",
+    "find_edge",
+    "find_lost_mass",
+    "find_tail",
+    "flat_part",
+    "has_gradient",
+]
 
 #: Distances along a line from a divergent draw, in standard deviations.
 RADII = torch.logspace(-2.0, 0.5, 16, dtype=torch.float64)
@@ -28,6 +40,14 @@ DISTANCES = torch.logspace(-1.0, 2.0, 3 * POINTS + 1, dtype=torch.float64)
 #: Tolerance in nats for the decrease of the mass from one decade to the next, for the rounding of
 #: energies in float32: a density 1 / distance has equal masses.
 SLACK = 0.05
+#: Maximum number of lines on which :func:`check_normalizable` searches.
+NUM_LINES = 32
+#: Unconstrained coordinates from -LIMIT to LIMIT contain all numbers of a dtype: exp(-LIMIT) is 0.
+LIMITS = {torch.float32: 110.0, torch.float64: 760.0}
+#: Distance from the edge, in unconstrained coordinates, at which the density is extrapolated.
+INSIDE = 6
+#: Mass at the edges of a support, as a fraction of the total, from which it biases means.
+MAX_LOST_MASS = 1e-3
 #: Number of states in one evaluation of the energy.
 ROWS = 4096
 
@@ -47,6 +67,16 @@ class Tail(NamedTuple):
     near: Tensor  #: the state at the distance of the farthest draw, shape ``event``
     far: Tensor  #: the state at the last distance of finite energy, shape ``event``
     energies: tuple[float, float]  #: the energies of both
+
+
+class LostMass(NamedTuple):
+    """Mass so close to an edge of a support that its states cannot be represented."""
+
+    site: str  #: name of the variable
+    share: float  #: fraction of the mass
+    #: a, where the density at a distance d from the edge is proportional to d^(a - 1): the
+    #: concentration of a beta, gamma or Dirichlet distribution
+    concentration: float
 
 
 def has_gradient(energy: Energy, states: Tensor) -> bool:
@@ -143,6 +173,190 @@ def find_tail(energy: Energy, base: Tensor, direction: Tensor) -> Tail | None:
             near = float(values[POINTS]), float(values[last])
             return Tail(points[POINTS], points[last], near)
     return None
+
+
+def check_normalizable(energy: Energy, states: Tensor) -> None:
+    r"""Check that an energy has a finite normalizing constant on lines through a state.
+
+    The lines are the axes, except for angles, or random directions where there are more than 32
+    coordinates and no angles. On each,
+    :func:`find_tail` must find no tail over nine decades of distance, or over three in coordinates
+    transformed to :math:`R^d`, which overflow beyond.
+
+    Args:
+        energy: an energy on :math:`R^d`.
+        states: states of its typical scale, shape ``(n, *event)``.
+
+    Raises:
+        ValueError: if the mass increases without bound on one of the lines.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> check_normalizable(Unnormalized(lambda x: -(x**2) / 2), torch.randn(8))
+        >>> check_normalizable(Unnormalized(lambda x: x**2), torch.randn(8))
+        Traceback (most recent call last):
+        ...
+        ValueError: energy must have a finite normalizing constant, ...
+    """
+    with torch.no_grad():
+        values = energy(states)
+    values = torch.where(values.isnan(), math.inf, values)
+    best = int(values.argmin())
+    if not bool(torch.isfinite(values[best])):
+        return
+    base = states[best]
+    flat, scale = base.flatten(), (states - base).abs().amax(0).flatten()
+    scale = torch.where(scale > 0.0, scale, 1.0)
+    size = flat.numel()
+    if size <= NUM_LINES:
+        lines = torch.diag(scale)
+    else:
+        noise = seeded_generator(0, states.device)
+        lines = scale * standard_normal((NUM_LINES, size), noise, states.dtype, states.device)
+    if energy.angle_mask is not None:
+        lines = lines[~energy.angle_mask[lines.argmax(1)]] if size <= NUM_LINES else lines[:0]
+    # a base far narrower than the target sees its mass increase over the first decades
+    factors = (1.0,) if isinstance(energy, Unconstrained) else (1.0, 1e3, 1e6)
+    for line in lines.reshape(-1, *base.shape):
+        tails = [find_tail(energy, base, line)]
+        for factor in factors[1:]:
+            if tails[-1] is not None:
+                tails.append(find_tail(energy, base, factor * line))
+        tail = tails[0]
+        if tail is not None and tails[-1] is not None:
+            named, (near, far) = energy._source, tail.energies
+            raise ValueError(
+                f"energy must have a finite normalizing constant, but exp(-E) of"
+                f" {type(named).__name__} cannot be integrated on a line: E changes from"
+                f" {near:.4g} at {_shown(tail.near)} to {far:.4g} at {_shown(tail.far)};"
+                " give the energy a support, or add a term (a prior) that increases there"
+            )
+
+
+def _shown(state: Tensor) -> str:
+    values = [f"{value:.3g}" for value in state.flatten()[:4].tolist()]
+    return f"[{', '.join(values)}{', ...' if state.numel() > 4 else ''}]"
+
+
+def find_lost_mass(energy: Energy, states: Tensor) -> LostMass | None:
+    r"""Search for mass closer to the edge of a support than numbers of a dtype can be.
+
+    A number below 1 is at most :math:`1 - \epsilon`, and a positive number at least
+    :math:`10^{-45}` in float32. Beyond the unconstrained coordinate u of this number, the transform
+    is constant, and the density in u is wrong. Before it the density is :math:`\propto e^{-a |u|}`
+    for a concentration a, and the mass beyond it is extrapolated from there. The density is
+    integrated along single coordinates through each of the states.
+
+    Args:
+        energy: an energy in unconstrained coordinates.
+        states: typical states, shape ``(n, *event)``. Mass must be lost in all of them.
+
+    Returns:
+        the largest loss above 0.1 %, of at most 32 coordinates; None if there is none.
+
+    Example:
+        >>> from pyroebm.core.wrappers import unconstrain
+        >>> from pyroebm.core import Unnormalized
+        >>> from torch.distributions import Gamma, constraints
+        >>> density = Unnormalized(Gamma(0.02, 1.0).log_prob, support=constraints.positive)
+        >>> lost = find_lost_mass(unconstrain(density), torch.zeros(1))
+        >>> lost.site, round(lost.share, 2), round(lost.concentration, 2)
+        ('x', 0.13, 0.02)
+    """
+    rows = states.reshape(len(states), -1)
+    limit = LIMITS.get(rows.dtype)
+    if limit is None or is_discrete(energy.support):
+        return None
+    size = rows.shape[1]
+    found = []
+    for k in torch.linspace(0, size - 1, min(size, NUM_LINES)).round().long().unique().tolist():
+        if _saturates(energy, rows[0], k, limit):
+            lost = [_lost_on_line(energy, row, k, limit) for row in rows]
+            least = min(lost, key=lambda each: 0.0 if each is None else each.share)
+            if least is not None and least.share > MAX_LOST_MASS:
+                found.append(least)
+    return max(found, key=lambda each: each.share, default=None)
+
+
+def _line(row: Tensor, k: int, places: Tensor) -> Tensor:
+    points = row.repeat(len(places), 1)
+    points[:, k] = places
+    return points
+
+
+def _named(energy: Energy, points: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        named = energy.named(points.reshape(-1, *energy.event_shape))
+    return {name: value.reshape(len(points), -1) for name, value in named.items()}
+
+
+def _saturates(energy: Energy, row: Tensor, k: int, limit: float) -> bool:
+    places = row.new_tensor([-limit, 1.0 - limit, limit - 1.0, limit])
+    return not all(
+        bool((value[::2] != value[1::2]).any(1).all()) and bool(torch.isfinite(value).all())
+        for name, value in _named(energy, _line(row, k, places)).items()
+        if bool((value[1] != value[2]).any())
+    )
+
+
+def _lost_on_line(energy: Energy, row: Tensor, k: int, limit: float) -> LostMass | None:
+    """Return the mass that is lost along one coordinate of a state."""
+    places = row[k] + torch.arange(-limit, limit + 1.0).to(row)
+    points = _line(row, k, places)
+    named = _named(energy, points)
+    at = len(places) // 2
+    name = next((n for n, value in named.items() if bool((value[at - 1] != value[at]).any())), None)
+    if name is None:
+        return None
+    image = named[name]
+    finite = torch.isfinite(image).all(1)
+    moves = (image[1:] != image[:-1]).any(1) & finite[1:] & finite[:-1]
+    stops = (~moves).nonzero().flatten()
+    low = int(stops[stops < at].max()) + 1 if bool((stops < at).any()) else 0
+    high = int(stops[stops >= at].min()) if bool((stops >= at).any()) else len(places) - 1
+    # Close to 1, numbers are few: the energy is extrapolated from a little further inside.
+    low, high = low + INSIDE, high - INSIDE
+    if high - low < 4 * INSIDE:
+        return None
+    ends = _tails_beyond(_values(energy, points[[low, low + 4, high - 4, high, at]]))
+    if sum(mass for mass, _ in ends) < 1e-3 * MAX_LOST_MASS:
+        return None  # relative to the density at the state
+    values = _values(energy, points[low : high + 1])
+    lowest = values.min()
+    if not bool(torch.isfinite(lowest)):
+        return None
+    ends = _tails_beyond(torch.stack([*values[[0, 4, -5, -1]], lowest]))
+    total = float((lowest - values).exp().sum()) + sum(mass for mass, _ in ends)
+    # of which a part is inside
+    lost = [(mass * math.exp(-INSIDE * slope), slope) for mass, slope in ends]
+    return LostMass(name, sum(mass for mass, _ in lost) / total, max(lost)[1])
+
+
+def _values(energy: Energy, points: Tensor) -> Tensor:
+    """Evaluate energies in float64; NaN counts as infinite."""
+    with torch.no_grad(), RowsFailAlone():
+        rows = points.reshape(-1, *energy.event_shape)
+        values = torch.cat([energy(part) for part in rows.split(ROWS)]).double()
+    return torch.where(values.isnan(), math.inf, values)
+
+
+def _tails_beyond(values: Tensor) -> list[tuple[float, float]]:
+    """Extrapolate the mass beyond both ends of a line.
+
+    Args:
+        values: energies at the lower end, 4 units inside of it, 4 units inside of the upper end,
+            at the upper end, and at a state that has density 1.
+
+    Returns:
+        mass and slope of the energy of each end; 0 where the energy does not increase outwards.
+    """
+    low, inner_low, inner_high, high, origin = values.tolist()
+    tails = []
+    for end, inner in ((low, inner_low), (high, inner_high)):
+        slope = (end - inner) / 4.0
+        density = math.exp(min(origin - end, 700.0))
+        tails.append((density / slope, slope) if slope > 0.0 and density > 0.0 else (0.0, 0.0))
+    return tails
 
 
 def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def stein_residual(energy: Energy, draws: Tensor) -> float:
     Returns:
         the largest :math:`|z|`. NaN if it is not defined: for an energy without a gradient, or a
         density with an edge, for which the identities need not hold (the energy is not finite at
-        twice a draw's distance from the mean).
+        twice a draw's distance from the mean). Angles are left out.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -91,4 +91,10 @@ def stein_residual(energy: Energy, draws: Tensor) -> float:
             if not bool(torch.isfinite(energy(mean + 2.0 * (part - mean))).all()):
                 return float("nan")
         scores.append(-value_and_grad(energy, part)[1])
-    return stein_z(draws, torch.cat(scores).reshape(draws.shape))
+    s = torch.cat(scores).reshape(draws.shape)
+    if energy.angle_mask is not None:  # the identities are those of the real line
+        kept = ~energy.angle_mask
+        draws, s = (t.reshape(*t.shape[:2], -1)[..., kept] for t in (draws, s))
+        if not bool(kept.any()):
+            return float("nan")
+    return stein_z(draws, s)

@@ -57,9 +57,8 @@ class StreamingMoments(NamedTuple):
 
     def variances(self) -> Tensor:
         """Return variances over all draws, between and within chains, shape ``event``."""
-        return self._within().mean(0) * (1 - 1 / self.draws.mean()) + self.mean.var(
-            0, unbiased=False
-        )
+        within = self.squares / self._column(self.draws)
+        return within.mean(0) + self.mean.var(0, unbiased=False)
 
     def mcse(self) -> Tensor:
         r"""Return standard errors of :meth:`means`: :math:`\operatorname{sd}(\bar x_c) / \sqrt C`.
@@ -81,9 +80,10 @@ class StreamingMoments(NamedTuple):
         .. math:: \hat R = \sqrt{(n - 1) / n + B / W}
 
         B is the variance of the chains' means and W the mean of their variances; chains are neither
-        split nor rank-normalized.
+        split nor rank-normalized. NaN with one draw, where W is not defined.
         """
-        return torch.sqrt(1 - 1 / self.draws.mean() + self.mean.var(0) / self._within().mean(0))
+        r_hat = torch.sqrt(1 - 1 / self.draws.mean() + self.mean.var(0) / self._within().mean(0))
+        return torch.where(self.draws.min() > 1, r_hat, torch.nan)
 
     def nested_r_hat(self, num_superchains: int) -> Tensor:
         r"""Return nested :math:`\hat R` for many short chains.
@@ -92,9 +92,10 @@ class StreamingMoments(NamedTuple):
             W = \operatorname{mean}_k (\operatorname{var}_m \bar x_{mk} + \operatorname{mean}_m
             s^2_{mk})
 
-        over chains m of superchain k (Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari and
-        Gelman, 2024). It separates bias from the noise of short chains, which averages out within a
-        superchain. All chains of a superchain must start at the same point:
+        over chains m of superchain k, with :math:`s^2 = 0` for one draw (Margossian, Hoffman,
+        Sountsov, Riou-Durand, Vehtari and Gelman, 2024). It separates bias from the
+        noise of short chains, which averages out within a superchain. All chains of a superchain
+        must start at the same point:
         ``initial=points.repeat_interleave(chains_of_each, 0)``.
 
         Args:
@@ -116,4 +117,8 @@ class StreamingMoments(NamedTuple):
         return torch.sqrt(1 + mean.mean(1).var(0) / (between + within.mean(1)).mean(0))
 
     def _within(self) -> Tensor:
-        return self.squares / (self.draws - 1).reshape(-1, *[1] * (self.mean.dim() - 1))
+        # The squares are 0 after one draw, and so is the variance within a chain.
+        return self.squares / self._column((self.draws - 1).clamp(min=1))
+
+    def _column(self, count: Tensor) -> Tensor:
+        return count.reshape(-1, *[1] * (self.mean.dim() - 1))

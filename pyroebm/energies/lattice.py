@@ -142,9 +142,17 @@ class Lattice(Energy):
     def _block_field(self, block: str, x: Tensor) -> Tensor:
         if block not in self.blocks:
             raise ValueError(f"block must be one of {list(self.blocks)}, got block={block!r}")
-        width = self._values().shape[1]
-        site = sites_of(self.blocks[block], self.event_shape, width).to(x.device)
-        return self.local_field(x, site.expand(len(x), -1))
+        sites = x.reshape(len(x), *self.shape, -1)
+        around = torch.zeros_like(sites)
+        for axis, side in enumerate(self.shape, start=1):
+            for shift, border in ((1, 0), (-1, side - 1)):
+                near = sites.roll(shift, axis)
+                if not self.periodic:
+                    near.select(axis, border).zero_()
+                around += near
+        field = self.coupling * around + self.field.reshape(sites.shape[1:])
+        numbers = sites_of(self.blocks[block], self.event_shape, sites.shape[-1])
+        return field.flatten(1, -2)[:, numbers.to(x.device)]
 
     @property
     def log_z(self) -> float | None:

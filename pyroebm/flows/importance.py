@@ -15,7 +15,7 @@ from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import draw_from
-from pyroebm.core.statistics import Estimate, effective, log_mean, pareto_k, too_few
+from pyroebm.core.statistics import Estimate, effective, log_mean, pareto_k, weight_problem
 from pyroebm.core.supports import inside
 from pyroebm.core.wrappers import check_weighable, eval_mode
 from pyroebm.flows.flow import Flow
@@ -39,8 +39,7 @@ class ImportanceResult:
             where :math:`U = \infty`.
         log_z: log of the mean weight, an estimate of log C of kind "lower": the mean weight is
             unbiased for C. Its standard error is :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta
-            method). It is ``inf`` if a few weights dominate: if ``ess`` is at most 400 and at most
-            a quarter of n.
+            method), or ``inf`` if there is a :attr:`problem`.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` (Kong, 1992).
         pareto_k: shape parameter of the tail of the weights (Vehtari, Simpson, Gelman, Yao and
             Gabry, 2024), computed by ArviZ; above 0.7 the estimates are unreliable. Above 0.5 the
@@ -54,6 +53,20 @@ class ImportanceResult:
     log_z: Estimate
     ess: float
     pareto_k: float
+
+    @property
+    def problem(self) -> str | None:
+        """Why there are no standard errors; None if there are.
+
+        A few weights dominate: ``ess`` is below 10, or at most 400 and a quarter of n, or
+        ``pareto_k`` is above 0.7.
+        """
+        return weight_problem(self.log_weights, self.ess, self.pareto_k)
+
+    def __str__(self) -> str:
+        problem = self.problem
+        text = f"log Z = {self.log_z}" + ("" if problem is None else f": {problem}")
+        return f"{text}; ESS {self.ess:.4g} of {len(self.x)}, Pareto k {self.pareto_k:.2f}"
 
     @property
     def ess_fraction(self) -> float:
@@ -93,7 +106,7 @@ class ImportanceResult:
         values, weights = values[kept], self.weights[kept].reshape(-1, *[1] * (values.dim() - 1))
         mean = (weights * values).sum(0)
         error = (weights * (values - mean)).square().sum(0).sqrt()
-        return mean, torch.full_like(error, math.inf) if too_few(self.ess, len(self.x)) else error
+        return mean, error if self.problem is None else torch.full_like(error, math.inf)
 
     def resample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Resample draws in proportion to their weights, ``(num_samples, *event)``.
@@ -225,10 +238,13 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
             f"all n={n} weights are 0: the energy is +inf at all draws of the proposal"
         )
     log_z, error, ess = log_mean(log_weights)
+    k = pareto_k(log_weights)
+    if n > 1 and weight_problem(log_weights, ess, k) is not None:
+        error = math.inf
     return ImportanceResult(
         x=x,
         log_weights=log_weights,
         log_z=Estimate(log_z, error, "lower"),
         ess=ess,
-        pareto_k=pareto_k(log_weights),
+        pareto_k=k,
     )

@@ -84,8 +84,9 @@ class FlowReport:
     def __str__(self) -> str:
         w = self.weighted
         truth = "" if self.log_z is None else f" (exact {self.log_z:.5g})"
+        error = f" +- {w.log_z.standard_error:.2g}" if w.problem is None else ""
         lines = [
-            f"log Z {w.log_z.value:.5f} +- {w.log_z.standard_error:.2g}{truth}; ELBO {self.elbo}",
+            f"log Z {w.log_z.value:.5f}{error}{truth}; ELBO {self.elbo}",
             f"reverse ESS {w.ess_fraction:.4f} of n, of x alone {self.marginal_ess:.4f} (gap"
             f" {self.redundancy_gap:.4f});"
             f" Pareto k {w.pareto_k:.2f}",
@@ -253,26 +254,18 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
             else math.inf
         )
         findings.append(f"log Z is {off:+.3g} of its standard errors from the exact one")
-    if math.isinf(weighted.log_z.standard_error):
-        few, n = weighted.ess, len(weighted.log_weights)
+    if weighted.problem is not None:
         difference = (
             ""
             if report.log_z is None
-            else f", which is {weighted.log_z.value - report.log_z:+.3g} from the exact one"
+            else " of log Z, which is"
+            f" {weighted.log_z.value - report.log_z:+.3g} from the exact one,"
         )
-        findings.append(
-            f"a few weights dominate (ESS {few:.0f} of {n}): log Z{difference}, has no standard"
-            " error"
-        )
+        findings.append(f"no standard error{difference} and of weighted means: {weighted.problem}")
     if report.forward_ess is not None and report.forward_ess < 0.1 * weighted.ess_fraction:
         findings.append(
             f"the forward ESS ({report.forward_ess:.2g}) is far below the reverse one"
             f" ({weighted.ess_fraction:.2g}): the target has mass where the flow has few draws"
-        )
-    if weighted.pareto_k > 0.7:
-        findings.append(
-            f"Pareto k {weighted.pareto_k:.2f} is above 0.7: a few weights dominate, and weighted"
-            " means are unreliable"
         )
     if report.eubo is not None and report.eubo.value - report.elbo.value > 1.0:
         gap = report.eubo.value - report.elbo.value

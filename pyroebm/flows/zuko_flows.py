@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyroebm.core._checks import check_counts
 from pyroebm.flows.adapters import installed_zuko, reversed_layer, zuko_layer
@@ -36,6 +36,27 @@ def _activation(name: str) -> Callable[[], nn.Module]:
             f"activation must be one of {sorted(ACTIVATIONS)}, got activation={name!r}"
         )
     return ACTIVATIONS[name]
+
+
+@functools.cache
+def _spline() -> Any:
+    """Return zuko's spline with inverses that are finite despite rounding."""
+
+    class Spline(installed_zuko().transforms.MonotonicRQSTransform):  # type: ignore[misc]
+        """Rational-quadratic spline; the discriminant of its inverse is not negative."""
+
+        def _inverse(self, y: Tensor) -> Tensor:
+            mask, x0, x1, y0, y1, d0, d1, s = self.bin(self.searchsorted(self.vertical, y) - 1)
+            height, above = y1 - y0, torch.where(mask, y - y0, 0.0)
+            bend = above * (d0 + d1 - 2 * s)
+            a, b, c = height * (s - d0) + bend, height * d0 - bend, -s * above
+            # In float32 it is negative in one of thousands of rows. The square root has no
+            # derivative at 0. A NaN stays NaN.
+            square = b**2 - 4 * a * c
+            root = torch.where(square <= 0.0, torch.finfo(y.dtype).tiny, square).sqrt()
+            return torch.where(mask, x0 + 2 * c / (-b - root) * (x1 - x0), y)
+
+    return Spline
 
 
 class SplineFlow(Flow):
@@ -91,7 +112,7 @@ class SplineFlow(Flow):
         zuko = installed_zuko()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         common: dict[str, Any] = {
-            "univariate": functools.partial(zuko.transforms.MonotonicRQSTransform, bound=BOUND),
+            "univariate": functools.partial(_spline(), bound=BOUND),
             "shapes": [(num_bins,), (num_bins,), (num_bins - 1,)],
         }
         if dim > 1:

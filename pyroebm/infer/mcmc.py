@@ -9,8 +9,9 @@ from typing import Any, Literal
 import pyro.infer.mcmc.api
 from torch import Tensor
 
-from pyroebm.diagnostics.arviz_data import to_arviz
-from pyroebm.diagnostics.convergence import Diagnosis
+from pyroebm.diagnostics.arviz_data import Coords, Dims, to_arviz
+from pyroebm.diagnostics.convergence import Diagnosis, Observables
+from pyroebm.diagnostics.pyro_model import from_pyro, model_groups
 from pyroebm.diagnostics.stuck import describe_stuck
 from pyroebm.infer.driver import Driver, Vectorized, is_vectorized
 from pyroebm.infer.kernels import HMC
@@ -193,20 +194,51 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):
         ):
             print(message)
 
-    def to_arviz(self) -> Any:
-        """Convert draws and statistics to ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
-        run = self._ours()
-        attributes = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
-        return to_arviz(self._samples or {}, run.get_stats(), attrs=attributes)
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = False,
+        prior: Mapping[str, Tensor] | None = None,
+        posterior_predictive: Mapping[str, Tensor] | None = None,
+        dims: Dims | None = None,
+        coords: Coords | None = None,
+    ) -> Any:
+        """Convert draws and statistics to ArviZ's InferenceData (DataTree from ArviZ 1.0 on).
 
-    def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Diagnosis:
+        Arguments and groups are those of :meth:`pyroebm.MCMC.to_arviz`. The posterior has the sites
+        of ``save_params`` and the deterministic ones.
+        """
+        self._check_drawn()
+        given: dict[str, Any] = {
+            "log_likelihood": log_likelihood,
+            "prior": prior,
+            "posterior_predictive": posterior_predictive,
+            "dims": dims,
+        }
+        run = self._run
+        if run is None:  # another kernel, with draws of Pyro's driver
+            return from_pyro(self, coords=coords, **given)
+        groups = model_groups(
+            run.energy, run.get_samples(group_by_chain=True), keep=self.save_params, **given
+        )
+        attributes = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
+        return to_arviz(sample_stats=run.get_stats(), coords=coords, attrs=attributes, **groups)
+
+    def diagnose(
+        self,
+        max_r_hat: float = 1.01,
+        min_ess: float = 400.0,
+        *,
+        observables: Observables | None = None,
+    ) -> Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
 
         Args:
             max_r_hat: threshold of R-hat.
             min_ess: threshold of the effective sample size.
+            observables: functions of the draws to diagnose instead of the variables.
         """
-        return self._ours().diagnose(max_r_hat, min_ess)
+        return self._ours().diagnose(max_r_hat, min_ess, observables=observables)
 
     def _check_drawn(self) -> None:
         if self._samples is None:

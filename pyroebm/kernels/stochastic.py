@@ -123,16 +123,16 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
             eps * normal_like(q, generator) - 0.5 * eps**2 * metric.transpose(grad)
         )
         x = q.reshape(state.x.shape)
-        with torch.no_grad():
-            values = part(x)
-        # An infinite gradient may lead to an infinite position with a finite energy.
-        finite = torch.isfinite(values) & torch.isfinite(q).all(1)
+        # A chain would never leave a state whose gradient is not finite. An infinite gradient may
+        # lead to an infinite position with a finite energy.
+        values, ahead = row_value_and_grad(part, q)
+        finite = torch.isfinite(values) & (torch.isfinite(q) & torch.isfinite(ahead)).all(1)
         state = choose(finite, CountedState(x, values, state.steps), state)
         return state._replace(steps=state.steps + 1), Info(
             acceptance_rate=finite.to(q.dtype),
             accepted=finite,
             diverging=~finite,
             energy=state.energy,
-            n_steps=torch.ones_like(finite, dtype=torch.long),
+            n_steps=torch.full_like(finite, 2, dtype=torch.long),
             step_size=eps.squeeze(1),
         )

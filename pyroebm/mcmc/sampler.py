@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 
 from pyroebm import diagnostics
-from pyroebm.core._checks import check_counts
+from pyroebm.core._checks import check_counts, stacklevel_of_user
 from pyroebm.core.compilation import choose_compiled, is_compiled
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
@@ -27,6 +27,10 @@ from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
+from pyroebm.diagnostics.arviz_data import Coords, Dims
+from pyroebm.diagnostics.convergence import Observables
+from pyroebm.diagnostics.energy_probes import find_lost_mass
+from pyroebm.diagnostics.pyro_model import model_groups
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 from pyroebm.kernels.adaptation.starts import draw_starts
@@ -84,6 +88,35 @@ def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
             except KeyboardInterrupt:
                 continue
 
+
+def _check_names(sites: Mapping[str, Tensor], stored: bool) -> None:
+    """Check that variables can be stored beside the dimensions of ArviZ's containers.
+
+    Args:
+        sites: values of the variables, shape ``(chains, *shape)``.
+        stored: whether they are written to netCDF files.
+
+    Raises:
+        ValueError: if a name is that of a dimension, or a stored one has a slash.
+    """
+    dimensions = {"chain", "draw"} | {
+        f"{name}_dim_{k}" for name, value in sites.items() for k in range(value.dim() - 1)
+    }
+    if taken := sorted(dimensions & set(sites)):
+        raise ValueError(
+            f"site {taken[0]!r} must not have the name of a dimension of ArviZ's containers, here"
+            f" {sorted(dimensions)[:6]}: rename the site"
+        )
+    slashed = [name for name in sites if "/" in name]
+    if stored and slashed:
+        raise ValueError(
+            f"site {slashed[0]!r} must not have a slash in a run with a store, since it separates"
+            " groups in netCDF files: rename the site, or run without store"
+        )
+
+
+#: Number of starting states at which the edges of a support are examined.
+NUM_PROBED = 3
 
 #: Bytes of draws that a run with ``store`` holds in memory, over all chain batches.
 BUFFER_BYTES = 2**28
@@ -246,11 +279,23 @@ class MCMC(AbstractMCMC):
 
         Raises:
             ValueError: if ``energy`` is not an Energy or the kernel does not move on its support,
-                if ``initial`` does not fit it or holds a state of non-finite energy, or if
-                ``store`` already holds a run.
+                or if ``initial`` does not fit it or holds a state of non-finite energy.
+            FileError: if ``store`` already holds a run, is in use by another process, or cannot be
+                written.
         """
         target = self._target_of(energy)
         folder = None if store is None else Store(store, target.named)
+        # before the work, so that a folder that cannot be used is known at once
+        with folder.start(self.layout, self._attributes()) if folder else contextlib.nullcontext():
+            self._run(energy, target, initial, folder)
+
+    def _run(
+        self,
+        energy: Energy,
+        target: Energy,
+        initial: Tensor | np.ndarray | None,
+        folder: Store | None,
+    ) -> None:
         if self.plan.kernel.runs_ahead(target):
             self._compile_driver(target.dtype)
         with eval_mode(energy):
@@ -270,9 +315,11 @@ class MCMC(AbstractMCMC):
                 else:
                     x = to_support(energy.support).inv(initial[chains.start : chains.stop])
                 batches.append(self._new_batch(number, target, x, generator, folder))
+            if batches:
+                first = batches[0].state.x
+                _check_names(target.named(first), folder is not None)
+                self._warn_of_edges(target, first)
         self._compile(target, batches, self.num_samples)
-        if folder is not None:
-            folder.begin(self.layout, self._attributes())
         # Replace the previous run only now, so that an error above leaves it unchanged.
         self._target = target
         self._batches = batches
@@ -298,11 +345,12 @@ class MCMC(AbstractMCMC):
             )
         check_counts({"num_samples": 1}, num_samples)
         goal = min(batch.count for batch in self._batches) + num_samples
-        self._compile(self._target, self._batches, goal)
-        with eval_mode(self._target):
-            for batch in self._batches:
-                batch.refresh()
-        self._advance(goal)
+        with self._store.resume(self.layout) if self._store else contextlib.nullcontext():
+            self._compile(self._target, self._batches, goal)
+            with eval_mode(self._target):
+                for batch in self._batches:
+                    batch.refresh()
+            self._advance(goal)
 
     def resume(
         self,
@@ -321,29 +369,33 @@ class MCMC(AbstractMCMC):
         Raises:
             ValueError: if there is no run to continue, or if the run in the folder has other
                 settings or another energy.
+            FileError: if a file of the run is missing or damaged, or another process uses it.
         """
         if (energy is None) != (store is None):
             raise ValueError(
                 f"resume requires energy and store, or neither, got energy={energy} and"
                 f" store={store!r}"
             )
+        folder, target = self._store, None
         if energy is not None and store is not None:
             target = self._target_of(energy)
             folder = Store(store, target.named)
-            states = {number: folder.load(number) for number in self.layout.batches}
-            self._load(
-                {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
-                target,
-                folder,
-            )
-        if not self._batches:
-            raise ValueError(
-                "there is nothing to resume: call run(energy) or load_state_dict(state, energy)"
-                " first"
-            )
-        if not self.compiled:
-            self._compile(self._target, self._batches, self.num_samples)
-        self._advance(max(self._goal, self.num_samples))
+        with folder.resume(self.layout) if folder else contextlib.nullcontext():
+            if folder is not None and target is not None:
+                states = {number: folder.load(number) for number in self.layout.batches}
+                self._load(
+                    {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
+                    target,
+                    folder,
+                )
+            if not self._batches:
+                raise ValueError(
+                    "there is nothing to resume: call run(energy) or load_state_dict(state, energy)"
+                    " first"
+                )
+            if not self.compiled:
+                self._compile(self._target, self._batches, self.num_samples)
+            self._advance(max(self._goal, self.num_samples))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what :meth:`resume` and :meth:`run_more` need, and all draws, as tensors.
@@ -441,6 +493,22 @@ class MCMC(AbstractMCMC):
         target = unconstrain(energy)
         self.plan.kernel.check_support(target)
         return target
+
+    def _warn_of_edges(self, target: Energy, x: Tensor) -> None:
+        """Warn before the run of mass that numbers of the energy's dtype cannot represent."""
+        lost = find_lost_mass(target, x[:NUM_PROBED])
+        if lost is not None:
+            name = "float32" if x.dtype == torch.float32 else "float64"
+            fix = "use float64, or sample" if x.dtype == torch.float32 else "sample"
+            warnings.warn(
+                f"site {lost.site!r}: {100.0 * lost.share:.2g} % of the mass is closer to an edge"
+                f" of the support than numbers in {name} can be, because the density increases"
+                f" there as for a concentration of {lost.concentration:.2g}; means will be biased:"
+                f" {fix} the"
+                " logarithm or logit of the variable, or choose a larger concentration",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _compile(self, target: Energy, batches: list[ChainBatch], goal: int) -> None:
         """Choose the energy on which the kernels move: the target or its compiled view.
@@ -541,14 +609,14 @@ class MCMC(AbstractMCMC):
                     lambda batch: batch.draw(goal, most),
                     lambda batch: goal - batch.count,
                 )
-            self._warn_of_stuck_chains(stacklevel=4)
+            self._warn_of_stuck_chains()
         except KeyboardInterrupt:
             self.interrupted = True
             kept = min(batch.count for batch in self._batches)
             warnings.warn(
                 f"interrupted during {phase}: {kept} draws of each chain were kept",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=stacklevel_of_user(),
             )
         finally:
             self._save()
@@ -672,20 +740,54 @@ class MCMC(AbstractMCMC):
             )
         return {name: StreamingMoments.joined([each[name] for each in kept]) for name in kept[0]}
 
-    def to_arviz(self) -> Any:
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = False,
+        prior: Mapping[str, Tensor] | None = None,
+        posterior_predictive: Mapping[str, Tensor] | None = None,
+        dims: Dims | None = None,
+        coords: Coords | None = None,
+    ) -> Any:
         """Convert draws and statistics, warm-up included, to ArviZ.
+
+        For a Pyro model (:class:`pyroebm.ModelEnergy`) the container has also its deterministic
+        sites, ``observed_data`` and ``constant_data``, and plates are named dimensions.
+
+        Args:
+            log_likelihood: whether to add the log-density of each observation of a Pyro model at
+                each draw, for ``arviz.loo``.
+            prior: draws from the prior, shape ``(n, *event)``, such as those of
+                ``Predictive(model, num_samples=n)``. Sites that are not in the posterior are in
+                ``prior_predictive``.
+            posterior_predictive: draws from the posterior predictive distribution, shape ``(chains
+                * draws, *event)``, such as those of ``Predictive(model, mcmc.get_samples())``.
+            dims: names of the dimensions of variables, before those of plates.
+            coords: labels along dimensions, also along plates.
 
         Returns:
             ArviZ's InferenceData (DataTree from ArviZ 1.0 on).
+
+        Raises:
+            ValueError: if nothing was drawn; if ``log_likelihood`` is asked for without a Pyro
+                model; if draws, ``dims`` or ``coords`` do not fit.
         """
-        samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         warm = all(record.count for record in self._records(warmup=True))
+        groups = model_groups(
+            self._target,
+            self.get_samples(group_by_chain=True),
+            log_likelihood=log_likelihood,
+            prior=prior,
+            posterior_predictive=posterior_predictive,
+            dims=dims,
+        )
         return diagnostics.to_arviz(
-            samples,
-            stats,
+            sample_stats=self.get_stats(),
             warmup_posterior=self.get_samples(group_by_chain=True, warmup=True) if warm else None,
             warmup_sample_stats=self.get_stats(warmup=True) if warm else None,
+            coords=coords,
             attrs=self._attributes(),
+            **groups,
         )
 
     def stuck_chains(self) -> list[int]:
@@ -704,11 +806,11 @@ class MCMC(AbstractMCMC):
             for chain in stuck_chains(moves, min(batch.count for batch in self._batches))
         ]
 
-    def _warn_of_stuck_chains(self, stacklevel: int) -> None:
+    def _warn_of_stuck_chains(self) -> None:
         energies, first = self.state.energy, self.layout.chains(self.layout.batches[0]).start
         stuck = [number - first for number in self.stuck_chains()]
         if message := describe_stuck(stuck, len(energies), energies, first, self.num_chains):
-            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_user())
 
     def _attributes(self) -> dict[str, Any]:
         attributes = {
@@ -724,15 +826,26 @@ class MCMC(AbstractMCMC):
         Args:
             **options: passed to ``arviz.summary``.
         """
-        self._warn_of_stuck_chains(stacklevel=3)
-        return diagnostics.summary(self.to_arviz(), **options)
+        self._warn_of_stuck_chains()
+        draws = diagnostics.to_arviz(self.get_samples(group_by_chain=True))
+        return diagnostics.summary(draws, **options)
 
-    def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Diagnosis:
+    def diagnose(
+        self,
+        max_r_hat: float = 1.01,
+        min_ess: float = 400.0,
+        *,
+        observables: Observables | None = None,
+    ) -> diagnostics.Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
 
         Args:
             max_r_hat: threshold of R-hat.
             min_ess: threshold of the effective sample size.
+            observables: functions of the samples, by name, that are diagnosed in place of the
+                sites: ``{"square": lambda samples: samples["x"] ** 2}``. A function takes the
+                dictionary that ``get_samples(group_by_chain=True)`` returns, and returns values of
+                shape ``(chains, draws, ...)``.
         """
         with eval_mode(self._target):
             return diagnostics.diagnose(
@@ -743,6 +856,8 @@ class MCMC(AbstractMCMC):
                 kernel=self.plan.kernel,
                 energy=self._target,
                 named=self._target.named,
+                observables=observables,
+                angles=self._target.angles(),
                 first_chain=self.layout.chains(self.layout.batches[0]).start,
                 num_chains=self.num_chains,
             )

@@ -155,3 +155,11 @@ class HasLosses(Protocol):
     def trained(self, energy: Energy) -> Mapping[str, Sequence[nn.Parameter]]:
         """Return the parameters that each loss trains, by name."""
         ...
+
+
+def check_rows(batch: Tensor) -> None:
+    """Raise ValueError unless a batch has rows: means over none are NaN."""
+    if batch.dim() == 0 or not len(batch):
+        raise ValueError(
+            f"batch must have at least one row, (n, *event_shape), got shape {tuple(batch.shape)}"
+        )

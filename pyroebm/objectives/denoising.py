@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroebm.core.energy import Energy, score
 from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.core.supports import event_sum
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.base import Objective, check_rows
 from pyroebm.objectives.score_matching import Metrics, check_real, score_matching_loss
 
 __all__ = ["DenoisingScoreMatching"]
@@ -100,6 +100,7 @@ class DenoisingScoreMatching(Objective):
         noised data, as in :class:`ScoreMatching`.
         """
         check_real(self, energy)
+        check_rows(batch)
         energy.check_states(batch, "batch")
         batch, dims = batch.detach(), len(energy.event_shape)
         sigma = self._draw_levels(batch, dims, generator)

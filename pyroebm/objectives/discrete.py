@@ -12,7 +12,7 @@ from pyroebm.core.energy import Energy
 from pyroebm.core.rng import uniform
 from pyroebm.core.supports import is_discrete
 from pyroebm.kernels.sites import squared_distances, to_sites, values_of
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.base import Objective, check_rows
 
 __all__ = ["MinimumProbabilityFlow", "Pseudolikelihood", "RatioMatching", "SiteObjective"]
 
@@ -83,6 +83,7 @@ class SiteObjective(Objective):
         Metrics, means over the batch: ``energy_data`` and ``pseudo_log_likelihood``, which is the
         same for all subclasses.
         """
+        check_rows(batch)
         data, log_ratios, scale = self._neighbors(energy, batch, generator)
         loss = scale * self.score(log_ratios).sum(1).mean()
         pseudo = scale * _log_conditional(log_ratios.detach()).sum(1).mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.base import Objective, check_rows
 from pyroebm.objectives.layered import PartialLayers, mean_field, visible
 
 __all__ = ["ExactLikelihood", "HasLogPartition", "MeanFieldLikelihood"]
@@ -83,6 +83,7 @@ class ExactLikelihood(Objective):
                 f" {type(energy).__name__} has none: use ContrastiveDivergence or PersistentCD,"
                 " which do not need log Z"
             )
+        check_rows(batch)
         seen_only = isinstance(energy, HasLogLikelihood) and batch.shape[1:] != energy.event_shape
         values = -energy.log_likelihood(batch, 0.0) if seen_only else energy(batch)  # type: ignore[operator]
         data, log_z = values.mean(), energy.log_partition()

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from pyroebm.core.derivatives import curvatures, unit_directions
 from pyroebm.core.energy import Energy
 from pyroebm.core.supports import event_sum, is_real, same_support
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.base import Objective, check_rows
 
 __all__ = ["NonNegativeScoreMatching", "ScoreMatching"]
 
@@ -69,6 +69,7 @@ class ScoreMatching(Objective):
         last two have the same expectation if the data are draws of p.
         """
         check_real(self, energy)
+        check_rows(batch)
         dims = len(energy.event_shape)
         gradient, diagonal = curvatures(energy, batch, unit_directions(batch, dims))
         squared, laplacian = event_sum(gradient.square(), dims), diagonal.sum(0)
@@ -117,6 +118,7 @@ class NonNegativeScoreMatching(Objective):
                 "energy must have positive or nonnegative support for NonNegativeScoreMatching, but"
                 f" {type(energy).__name__} has {energy.support}; for real support use ScoreMatching"
             )
+        check_rows(batch)
         batch, dims = batch.detach(), len(energy.event_shape)
         if bool((batch < 0.0).any()):
             raise ValueError(

@@ -13,7 +13,7 @@ from pyroebm.core.derivatives import curvatures
 from pyroebm.core.energy import Energy, score
 from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.core.supports import event_sum
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.base import Objective, check_rows
 from pyroebm.objectives.score_matching import Metrics, check_real, score_matching_loss
 
 __all__ = ["DISTRIBUTIONS", "SlicedScoreMatching", "projections_like"]
@@ -102,6 +102,7 @@ class SlicedScoreMatching(Objective):
         :class:`ScoreMatching`.
         """
         check_real(self, energy)
+        check_rows(batch)
         energy.check_states(batch, "batch")
         batch, dims = batch.detach(), len(energy.event_shape)
         v = projections_like(batch, dims, self.num_projections, self.distribution, generator)

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from pyroebm.core._checks import check_counts
 from pyroebm.core.arrays import as_tensor
 from pyroebm.core.energy import Energy, check_energy
-from pyroebm.core.wrappers import eval_mode
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.kernels import Kernel
@@ -24,11 +24,12 @@ from pyroebm.partition.kernel_path import (
     as_betas,
     default_kernel,
     increments,
+    log_mass_of_domain,
     total_weight,
 )
 from pyroebm.partition.layered import LayeredPath, LayeredState
 from pyroebm.partition.result import BidirectionalAIS, LogZ, check_exact_draws, from_weights
-from pyroebm.smc import tempered_smc
+from pyroebm.smc import check_path, tempered_smc
 
 __all__ = ["Base", "ais", "bidirectional_ais", "reverse_ais", "schedule"]
 
@@ -84,7 +85,8 @@ def ais(
         an estimate of kind "lower", or "estimate" with a kernel that is not exact.
 
     Raises:
-        ValueError: if an argument is out of its range, or the base does not fit.
+        ValueError: if an argument is out of its range, the base does not fit, or the energy has no
+            finite normalizing constant.
         FloatingPointError: if a weight is NaN or +inf, or if all are 0.
 
     Example:
@@ -148,7 +150,8 @@ def reverse_ais(
         progress: as for :func:`ais`.
 
     Returns:
-        an estimate of kind "upper" if ``draws`` is None and the kernel is exact, else "estimate".
+        an estimate of kind "upper" if ``draws`` is None, the kernel is exact and the energy is
+        finite at all draws of the base, else "estimate".
 
     Raises:
         ValueError: as :func:`ais`, and if there are no exact draws or ``draws`` have another shape.
@@ -169,6 +172,7 @@ def reverse_ais(
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
             state, exact = _layered_draws(path, energy, draws, num_chains, generator), True
+            log_mass = error = 0.0
             log_weights = total_weight(path, state, steps, generator, progress)
         else:
             if draws is not None:
@@ -178,12 +182,14 @@ def reverse_ais(
                 path.total_weight(path.transform.inv(x), steps, generator, progress),
                 path.kernel.exact,
             )
+            log_mass, error = log_mass_of_domain(path.target, path.reference, generator)
     return from_weights(
         log_weights,
-        path.log_z,
-        "upper" if draws is None and exact else "estimate",
+        path.log_z + log_mass,
+        "upper" if draws is None and exact and not error else "estimate",
         "reverse AIS",
         -1,
+        error,
     )
 
 
@@ -337,6 +343,7 @@ def _path(
         return LayeredPath(start, energy.layers())  # type: ignore[arg-type]  # of a layered machine, base_rates are Layers
     reference = base_energy(energy, base)
     moves = default_kernel(energy) if kernel is None else kernel
+    check_path(unconstrain(energy), unconstrain(reference))
     # The pilot uses random numbers of its own: given its step sizes, the weights are unbiased.
     tunes = kernel is None and moves.target_acceptance is not None
     pilot = (

@@ -66,6 +66,10 @@ class IndependentSites(Energy):
     def forward(self, x: Tensor) -> Tensor:
         """Compute energies of ``x`` ``(*batch, *event)``, shape ``(*batch)``."""
         batch = self.batch_shape(x)
+        if self.values.shape == (2, 1):  # bits and spins
+            first, second = self.log_p.unbind(1)
+            own = torch.where(x.flatten(len(batch)) == self.values[1], second, first)
+            return -own.sum(-1)
         sites = x.reshape(*batch, len(self.log_p), 1, -1)
         return -((sites == self.values).all(-1) * self.log_p).flatten(len(batch)).sum(-1)
 

@@ -15,12 +15,13 @@ from torch.distributions import Distribution
 from pyroebm.core._checks import check_counts
 from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy, check_energy
-from pyroebm.core.statistics import ess_bulk
+from pyroebm.core.statistics import MIN_ESS, ess_bulk
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layers import Layers
 from pyroebm.partition.bases import base_energy
 from pyroebm.partition.result import LogZ, check_exact_draws
+from pyroebm.smc import check_path
 
 __all__ = ["bennett_acceptance_ratio", "bridge"]
 
@@ -33,8 +34,8 @@ def bennett_acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
 
     .. math:: \sum_i \sigma(w_i - r + \log \tfrac mn) = \sum_j \sigma(w'_j + r - \log \tfrac mn)
     with :math:`\log \hat Z = \log Z_0 + r`. Of all combinations of the two it has the minimum
-    asymptotic variance (Meng and Wong, 1996). If the two do not overlap, few weights determine the
-    standard error, which is then too small; with one chain it is NaN.
+    asymptotic variance (Meng and Wong, 1996). If the two overlap at less than about 10 chains,
+    there is no standard error.
 
     Args:
         forward: result of :func:`ais`.
@@ -60,8 +61,8 @@ def bennett_acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
         )
     ahead, back = (result.log_weights.cpu().numpy() for result in (forward, reverse))  # type: ignore[union-attr]
     base = forward.value - float(logsumexp(ahead)) + math.log(len(ahead))
-    root, error = _bennett(ahead, -back, len(back))
-    return LogZ(base + root, error, "estimate", "AIS both ways")
+    root, error, problem = _bennett(ahead, -back, len(back))
+    return LogZ(base + root, error, "estimate", "AIS both ways", problem=problem)
 
 
 def bridge(
@@ -98,7 +99,8 @@ def bridge(
         an estimate of kind "estimate".
 
     Raises:
-        ValueError: if a shape does not fit, or there are no exact draws.
+        ValueError: if a shape does not fit, there are no exact draws, chains have fewer than 4
+            draws or never moved, or the energy has no finite normalizing constant.
         FloatingPointError: if an energy is not finite at its own draws, or NaN.
 
     Example:
@@ -119,9 +121,12 @@ def bridge(
         raise ValueError(
             f"draws must have shape (n, *event) or (chains, n, *event), got {tuple(draws.shape)}"
         )
+    if len(batch) == 2:
+        _check_chains(draws)
     target, start = unconstrain(energy), unconstrain(reference)
     path = GeometricPath(target, 1.0, start)
     with eval_mode(energy), torch.no_grad():
+        check_path(target, start)
         own = -path.slope(to_support(energy.support).inv(draws)).double().cpu()
         other = -path.slope(start.sample(batch.numel(), generator)).double().cpu()
     if (
@@ -131,12 +136,36 @@ def bridge(
     ):
         raise FloatingPointError("bridge: an energy is NaN, or not finite at its own draws")
     effective = float(ess_bulk(own)) if len(batch) == 2 else float(batch.numel())
-    root, error = _bennett(other.numpy(), own.flatten().numpy(), effective)
-    return LogZ(float(reference.log_z or 0.0) + root, error, "estimate", "bridge sampling")
+    root, error, problem = _bennett(other.numpy(), own.flatten().numpy(), effective)
+    value = float(reference.log_z or 0.0) + root
+    return LogZ(value, error, "estimate", "bridge sampling", problem=problem)
 
 
-def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float]:
-    r"""Solve for the root r and its standard error.
+def _check_chains(draws: Tensor) -> None:
+    """Check that draws ``(chains, n, *event)`` have an effective sample size.
+
+    Raises:
+        ValueError: if n is below 4, or if a chain never moved.
+    """
+    if draws.shape[1] < 4:
+        raise ValueError(
+            "draws must have at least 4 draws in each chain, from which their effective sample size"
+            f" is estimated, got shape {tuple(draws.shape)}; run the chains longer, or give"
+            " independent draws with the shape (n, *event)"
+        )
+    constant = (draws == draws[:, :1]).flatten(1).all(1)
+    if bool(constant.any()):
+        stuck = constant.nonzero().flatten().tolist()
+        named = ", ".join(map(str, stuck[:5])) + (", ..." if len(stuck) > 5 else "")
+        raise ValueError(
+            f"draws must be of chains that moved, but {len(stuck)} of {len(draws)} never did"
+            f" (numbers {named}), so that they are no sample of the energy; run the chains longer,"
+            " or with another kernel"
+        )
+
+
+def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float, str | None]:
+    r"""Solve for the root r, its standard error, and why there is none.
 
     Args:
         ahead: :math:`\log f / f_0` at draws of the base.
@@ -161,8 +190,12 @@ def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float]:
         (log_expit(root - shift - back), effective),
     )
     if min(len(ahead), len(back)) < 2:
-        return root, math.nan  # one draw has no sample variance
-    variance = sum(
-        math.expm1(logsumexp(2 * t) - 2 * logsumexp(t) + math.log(len(t))) / n for t, n in terms
-    )
-    return root, math.sqrt(variance)
+        return root, math.nan, "there is one draw"
+    # squared coefficients of variation of the terms of each side
+    spreads = [math.expm1(logsumexp(2 * t) - 2 * logsumexp(t) + math.log(len(t))) for t, _ in terms]
+    overlap = min(n / (1.0 + spread) for spread, (_, n) in zip(spreads, terms, strict=True))
+    if overlap < MIN_ESS:
+        problem = f"the two densities overlap at {overlap:.2g} draws, below {MIN_ESS:g}"
+        return root, math.inf, problem
+    variance = sum(spread / n for spread, (_, n) in zip(spreads, terms, strict=True))
+    return root, math.sqrt(max(variance, 0.0)), None

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
+from pyroebm.core.statistics import MIN_ESS, effective
 from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
@@ -19,9 +20,9 @@ from pyroebm.kernels.adaptation import warmup
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.annealing import Base
 from pyroebm.partition.bases import base_energy
-from pyroebm.partition.kernel_path import default_kernel
+from pyroebm.partition.kernel_path import default_kernel, log_mass_of_domain
 from pyroebm.partition.result import LogZ
-from pyroebm.smc import SMCResult, tempered_smc
+from pyroebm.smc import SMCResult, check_path, tempered_smc
 
 __all__ = ["smc", "thermodynamic_integration"]
 
@@ -79,13 +80,15 @@ def smc(
             generator=generator,
             progress=progress,
         )
-    ess = float((2 * found.log_weights.logsumexp(0) - (2 * found.log_weights).logsumexp(0)).exp())
-    return LogZ(
-        *found.log_z,
-        f"SMC, {len(found.betas)} temperatures",
-        ess,
-        found.log_weights,
-    )
+    ess, method = effective(found.log_weights), f"SMC, {len(found.betas)} temperatures"
+    problem = None
+    if math.isinf(found.log_z.standard_error):
+        problem = f"a few of the {num_islands} islands dominate"
+    elif num_islands > 1 and ess < MIN_ESS:
+        problem = f"the ESS of the particles is {ess:.3g}, below {MIN_ESS:g}"
+    value, error, kind = found.log_z
+    error = error if problem is None else math.inf
+    return LogZ(value, error, kind, method, ess, found.log_weights, problem)
 
 
 def thermodynamic_integration(
@@ -125,10 +128,13 @@ def thermodynamic_integration(
 
     Returns:
         an estimate of kind "estimate". The standard error is from the spread of the chains. It does
-        not include the error of the rule, which decreases with more temperatures.
+        not include the error of the rule, which decreases with more temperatures. There is none if
+        at some temperature most replicas neither moved nor were swapped in the second half of the
+        run.
 
     Raises:
-        ValueError: if an argument is out of its range, or the base does not fit.
+        ValueError: if an argument is out of its range, the base does not fit, or the energy has no
+            finite normalizing constant.
         FloatingPointError: if a mean energy is not finite.
 
     Example:
@@ -148,33 +154,52 @@ def thermodynamic_integration(
         moving, torch.linspace(1.0, 0.0, num_temperatures, dtype=torch.float64), reference
     )
     target = unconstrain(energy)
-    slopes = []
+    slopes, moved = [], torch.zeros(num_chains, num_temperatures - 1, dtype=torch.bool)
     with (
         eval_mode(energy),
         torch.no_grad(),
         Progress(warmup_steps + num_samples, "tempering", show=progress) as shown,
     ):
+        check_path(target, unconstrain(reference))
         state = tempering.init(target, target.initial(num_chains, generator), generator)
         warm, state = warmup(
             tempering, target, state, warmup_steps, generator=generator, after_step=shown.update
         )
         tempering = cast(ParallelTempering, warm)
-        for _ in range(num_samples):
-            before = state.slopes
-            state, _ = tempering.step(target, state, generator)
-            slopes.append(state.slopes - before)
+        for step in range(num_samples):
+            before = state
+            state, _, inner = tempering.transition(target, state, generator)
+            slopes.append(state.slopes - before.slopes)
+            if step >= num_samples // 2:
+                # A swap of replicas at one state does not change E - E_0. The last replica is drawn
+                # from the base.
+                change = (slopes[-1] - slopes[step - 1]).abs() > 1e-9 * (1.0 + state.slopes.abs())
+                moved |= (inner.accepted | change)[:, :-1].cpu()
             shown.update()
+        log_mass, mass_error = log_mass_of_domain(target, unconstrain(reference), generator)
     each = _integral(torch.stack(slopes), tempering.betas.to(energy.device))
     if not bool(torch.isfinite(each).all()):
         raise FloatingPointError(
             f"the mean of E - E_0 is not finite in {int((~torch.isfinite(each)).sum())} of"
-            f" {num_chains} chains, because the base draws states at which the energy is infinite;"
+            f" {num_chains} chains, because one of the energies is infinite at draws of the other;"
             " use another base"
         )
     error = float(each.std()) / math.sqrt(num_chains) if num_chains > 1 else math.nan
-    value = float(reference.log_z or 0.0) + float(each.mean())
+    problem, stuck = None, (~moved).sum(0)
+    if 2 * int(stuck.max()) > num_chains:
+        error, at = math.inf, int(stuck.argmax())
+        problem = (
+            f"the replicas at beta={float(tempering.betas[at]):.3g} of {int(stuck[at])} of"
+            f" {num_chains} chains never moved"
+        )
+    # The replicas at beta = 0 are draws of the base at which the energy is finite.
+    value = float(reference.log_z or 0.0) + log_mass + float(each.mean())
     return LogZ(
-        value, error, "estimate", f"thermodynamic integration, {num_temperatures} temperatures"
+        value,
+        math.hypot(error, mass_error),
+        "estimate",
+        f"thermodynamic integration, {num_temperatures} temperatures",
+        problem=problem,
     )
 
 

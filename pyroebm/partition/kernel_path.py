@@ -22,7 +22,14 @@ from pyroebm.kernels import HMC, BlockGibbs, Gibbs, Kernel
 from pyroebm.partition.layered import LayerGibbs
 from pyroebm.smc import SMCResult
 
-__all__ = ["KernelPath", "as_betas", "default_kernel", "increments", "total_weight"]
+__all__ = [
+    "KernelPath",
+    "as_betas",
+    "default_kernel",
+    "increments",
+    "log_mass_of_domain",
+    "total_weight",
+]
 
 S = TypeVar("S")
 
@@ -136,6 +143,38 @@ def total_weight(
     for term in terms:
         total = total + term
     return total
+
+
+#: Numbers of draws of the base from which the mass of the domain is estimated: at first, and in all
+#: if the energy is infinite at one of the first.
+FIRST_DRAWS, ALL_DRAWS = 1000, 20_000
+
+
+def log_mass_of_domain(
+    target: Energy, reference: Energy, generator: torch.Generator | None
+) -> tuple[float, float]:
+    r"""Estimate :math:`\log P_0(E < \infty)`, the mass of the base where the energy is finite.
+
+    A path that starts at the target, or at the base restricted to the target's domain, gives Z
+    relative to this part of the base.
+
+    Returns:
+        the logarithm and its standard error; both are 0 if the energy is finite at 1,000 draws.
+
+    Raises:
+        FloatingPointError: if the energy is infinite at all draws of the base.
+    """
+    finite = drawn = 0
+    while drawn < FIRST_DRAWS or (finite < drawn < ALL_DRAWS):
+        with torch.no_grad():
+            values = target(reference.sample(FIRST_DRAWS, generator))
+        finite, drawn = finite + int(torch.isfinite(values).sum()), drawn + FIRST_DRAWS
+    if not finite:
+        raise FloatingPointError(
+            f"the energy is infinite at all of {drawn} draws of the base; use another base"
+        )
+    mass = finite / drawn
+    return math.log(mass), math.sqrt((1.0 - mass) / (mass * drawn))
 
 
 def as_betas(betas: int | Tensor) -> list[float]:

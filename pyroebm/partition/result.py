@@ -8,7 +8,7 @@ import math
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
-from pyroebm.core.statistics import Kind, log_mean
+from pyroebm.core.statistics import Kind, log_mean, pareto_k, weight_problem
 
 __all__ = ["BidirectionalAIS", "LogZ", "check_exact_draws", "from_weights"]
 
@@ -32,13 +32,15 @@ class LogZ:
     Attributes:
         value: :math:`\log Z`.
         standard_error: its standard error; 0 for a sum over all states, the error of the rule for a
-            quadrature, ``inf`` if a few of the weights dominate
-            (:func:`pyroebm.core.statistics.log_mean`).
+            quadrature, ``inf`` if there is a ``problem`` (NaN with one draw).
         kind: "exact", "estimate", "lower" or "upper".
         method: name of the method.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` of the weights (Kong, 1992); None
             without weights.
         log_weights: float64, shape ``(n,)``; None without weights.
+        problem: why there is no standard error; None if there is one. For example, the weights have
+            an ESS below 10 or a Pareto k above 0.7
+            (:func:`pyroebm.core.statistics.weight_problem`). The value may then be far off.
 
     Example:
         >>> import torch
@@ -47,11 +49,10 @@ class LogZ:
         ... )  # doctest: +NORMALIZE_WHITESPACE
         log Z = 5.0322 +- 0.0021 (AIS; lower: low on average; ESS 83.2 of 100; modes without draws
         are not included)
-        >>> print(
-        ...     LogZ(5.0322, math.inf, "lower", "AIS", 3.2, torch.zeros(100))
-        ... )  # doctest: +NORMALIZE_WHITESPACE
-        log Z = 5.0322, error unknown because few weights dominate (AIS; lower: low on average;
-        ESS 3.2 of 100; modes without draws are not included)
+        >>> few = LogZ(4.1, math.inf, "lower", "AIS", problem="the ESS of the weights is 2 of 9")
+        >>> print(few)  # doctest: +NORMALIZE_WHITESPACE
+        log Z = 4.1000, no standard error: the ESS of the weights is 2 of 9 (AIS; lower: low on
+        average; modes without draws are not included)
     """
 
     value: float
@@ -60,6 +61,7 @@ class LogZ:
     method: str
     ess: float | None = None
     log_weights: Tensor | None = None
+    problem: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in BIAS:
@@ -78,9 +80,9 @@ class LogZ:
         )
         unseen = "" if self.kind == "exact" else "; modes without draws are not included"
         error = (
-            ", error unknown because few weights dominate"
-            if self.standard_error == math.inf
-            else f" +- {self.standard_error:.2g}"
+            f" +- {self.standard_error:.2g}"
+            if math.isfinite(self.standard_error)
+            else ", no standard error" + (f": {self.problem}" if self.problem else "")
         )
         what = f"{self.method}; {self.kind}: {self.bias}{weights}{unseen}"
         return f"log Z = {self.value:.4f}{error} ({what})"
@@ -99,10 +101,17 @@ def check_exact_draws(energy: Energy) -> None:
         )
 
 
-def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sign: int = 1) -> LogZ:
+def from_weights(
+    log_weights: Tensor,
+    log_z: float,
+    kind: Kind,
+    method: str,
+    sign: int = 1,
+    error: float = 0.0,
+) -> LogZ:
     r"""Estimate :math:`\log Z_0 \pm \log \frac1n \sum_i w_i` from independent weights.
 
-    The standard error is that of the delta method.
+    The standard error is that of the delta method, or ``inf`` if the weights do not determine it.
 
     Args:
         log_weights: shape ``(n,)``.
@@ -110,6 +119,7 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
         kind: kind of the result.
         method: method of the result.
         sign: 1, or -1 if the weights are from the target to the base.
+        error: standard error of ``log_z``.
 
     Raises:
         FloatingPointError: if a log weight is NaN or +inf, or if every weight is 0.
@@ -129,8 +139,16 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
             " draw; use another base"
         )
     found = log_mean(log_weights)
+    problem = weight_problem(log_weights, found.ess, pareto_k(log_weights))
+    own = found.standard_error if problem is None or n < 2 else math.inf
     return LogZ(
-        log_z + sign * found.value, found.standard_error, kind, method, found.ess, log_weights
+        log_z + sign * found.value,
+        math.hypot(own, error),
+        kind,
+        method,
+        found.ess,
+        log_weights,
+        problem,
     )
 
 
@@ -151,12 +169,12 @@ class BidirectionalAIS:
         >>> from pyroebm.partition import bidirectional_ais
         >>> print(
         ...     bidirectional_ais(
-        ...         BernoulliRBM(3, 2, weight=torch.zeros(3, 2)), betas=10, num_chains=5
+        ...         BernoulliRBM(3, 2, weight=torch.zeros(3, 2)), betas=10, num_chains=20
         ...     )
         ... )  # doctest: +NORMALIZE_WHITESPACE
-        log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 5 of 5; modes without draws are not
+        log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 20 of 20; modes without draws are not
         included)
-        log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 5 of 5; modes without draws
+        log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 20 of 20; modes without draws
         are not included)
         log Z = 3.4657 +- 0 (AIS both ways; estimate: biased either way; modes without draws are not
         included)

@@ -21,13 +21,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.util import check_site_shape
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 
 from pyroebm.core._torch_private import BoundedResults, tree_leaves
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, uniform
 from pyroebm.core.rowwise import RowsFailAlone, RowsInABatch, RowwiseEnergy
-from pyroebm.core.supports import is_discrete
+from pyroebm.core.supports import bijection_of, circular, is_discrete
 from pyroebm.ppl.distribution import initial_states
 from pyroebm.ppl.sum_product import log_marginal
 
@@ -76,7 +76,7 @@ class _Substitute(Messenger):
                 # exact sums, whichever way the model's author chose
                 msg["infer"].update(enumerate="parallel", num_samples=None)
             return
-        transform = self.transforms[name] = biject_to(msg["fn"].support)
+        transform = self.transforms[name] = bijection_of(msg["fn"])
         if self.inverse:
             x = self.given[name]
             u = self.images[name] = transform.inv(x)
@@ -117,9 +117,9 @@ class ModelEnergy(RowwiseEnergy):
     .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
 
     u is the vector of all continuous latent variables in unconstrained coordinates, and T the
-    bijection ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates,
-    ``poutine.scale`` and masks are treated as in Pyro; ``pyro.param`` and the parameters of modules
-    are constants.
+    bijection ``biject_to(support)`` of each; von Mises sites are angles from -pi to pi. Observed
+    sites, ``pyro.factor``, plates, ``poutine.scale`` and masks are treated as in Pyro;
+    ``pyro.param`` and the parameters of modules are constants.
 
     Discrete latent variables are summed out, as in :class:`pyro.infer.MCMC`: each site whose
     distribution has ``has_enumerate_support`` is enumerated in parallel, with or without
@@ -221,7 +221,7 @@ class ModelEnergy(RowwiseEnergy):
         for site in latents.values():
             like = like.to(torch.promote_types(like.dtype, site["value"].dtype))
         super().__init__(
-            {name: biject_to(s["fn"].support).inv(s["value"]).shape for name, s in latents.items()},
+            {name: bijection_of(s["fn"]).inv(s["value"]).shape for name, s in latents.items()},
             like,
         )
         self.model = model
@@ -234,6 +234,9 @@ class ModelEnergy(RowwiseEnergy):
         self._plates = {f.name: list(range(f.size)) for f in frames if not f.vectorized}
         given = max_plate_nesting if self.enumerated else None
         self.max_plate_nesting = _plate_nesting(given, frames)
+        self._angles = tuple(
+            name for name, s in latents.items() if bijection_of(s["fn"]).codomain is circular
+        )
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
         rows = (
             2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device)
@@ -379,6 +382,22 @@ class ModelEnergy(RowwiseEnergy):
     def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the sites of the model, under which :class:`pyroebm.MCMC` stores draws."""
         return self.constrain(x)
+
+    def angles(self) -> tuple[str, ...]:
+        """Return the names of the von Mises sites."""
+        return self._angles
+
+    @property
+    def angle_mask(self) -> Tensor | None:
+        """Entries of von Mises sites."""
+        if not self._angles:
+            return None
+        return torch.cat(
+            [
+                torch.full((shape.numel(),), name in self._angles, device=self.device)
+                for name, shape in self.shapes.items()
+            ]
+        )
 
     def initial(
         self,

@@ -2,6 +2,7 @@
 
 from pyroebm.training.data import Batches
 from pyroebm.training.distributed import (
+    ProcessError,
     average_gradients,
     connected_ranks,
     process_group,
@@ -10,7 +11,7 @@ from pyroebm.training.distributed import (
 )
 from pyroebm.training.finetuning import Classifier
 from pyroebm.training.fit import fit, fit_steps
-from pyroebm.training.guards import Guard
+from pyroebm.training.guards import Guard, StepError
 from pyroebm.training.history import History
 from pyroebm.training.imputation import impute
 from pyroebm.training.log import TrainingLog, read_log
@@ -23,7 +24,9 @@ __all__ = [
     "Classifier",
     "Guard",
     "History",
+    "ProcessError",
     "Step",
+    "StepError",
     "TotalDimSelection",
     "Trainer",
     "TrainingLog",

@@ -15,10 +15,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.files import (
-    SafetensorError,
+    FileError,
     checksum,
     from_bytes,
     read_tensors,
+    reading,
     to_bytes,
     write_tensors,
 )
@@ -186,19 +187,15 @@ class Checkpoint:
             The number of steps that were done, and the further tensors.
 
         Raises:
-            ValueError: if the file does not exist, is damaged or no checkpoint, or has other
-                settings or modules.
+            FileError: if the file does not exist, is damaged or no checkpoint.
+            ValueError: if it has other settings or modules.
         """
-        try:
-            file, header = _read(self.path)
+        file, header = _read(self.path)
+        with reading(self.path):
             same = header["settings"] == self.settings
             tensors = (
                 from_bytes(file[f"rank{connected_ranks()[0]}"].numpy().tobytes()) if same else {}
             )
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint={str(self.path)!r} must be a file that fit wrote, whole, got {error}"
-            ) from error
         if not same:
             raise ValueError(
                 f"checkpoint={str(self.path)!r} must be of the settings of this training, but"
@@ -218,20 +215,19 @@ def saved_seed(path: str | Path) -> int:
     """Return the seed of the training in a checkpoint.
 
     Raises:
-        ValueError: if the file does not exist, or is damaged or no checkpoint.
+        FileError: if the file does not exist, or is damaged or no checkpoint.
     """
-    return int(_read(path)[1]["settings"]["seed"])
+    with reading(path):
+        return int(_read(path)[1]["settings"]["seed"])
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a checkpoint, and its header with settings and number of steps."""
-    try:
-        file, _ = read_tensors(path)
+    file, _ = read_tensors(path)
+    if "header" not in file:
+        raise FileError(path, "it must be a checkpoint that fit wrote, got another file of tensors")
+    with reading(path):
         return file, from_text(file["header"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"checkpoint={str(path)!r} must be a file that fit wrote, whole, got {error}"
-        ) from error
 
 
 def settings_of(

@@ -45,6 +45,28 @@ class HasVisible(Protocol):
     num_visible: int
 
 
+class RowError(ValueError):
+    """A row of a ``Dataset`` that cannot be read or does not fit the module.
+
+    Args:
+        row: number of the row.
+        reason: what is wrong with it.
+
+    Example:
+        >>> raise RowError(3, "data must be finite, got nan in row 0, column 1")
+        Traceback (most recent call last):
+        pyroebm.training.data.RowError: data[3]: data must be finite, got nan in row 0, column 1
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"data[{row}]: {reason}")
+        self.row = row
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[int, str]]:
+        return type(self), (self.row, self.reason)
+
+
 class Batches:
     """Random batches, with each row once in an epoch; the last batch may be smaller.
 
@@ -113,19 +135,43 @@ class Batches:
         return math.ceil(self.rows / self.batch_size)
 
     def __call__(self, step: int) -> Batch:
-        """Return the batch of a step, or the share of this process, counted over all epochs."""
+        """Return the batch of a step, or the share of this process, counted over all epochs.
+
+        Raises:
+            RowError: if a row of a ``Dataset`` cannot be read or converted.
+        """
         return self.at(self.numbers(step))
 
     def at(self, chosen: Tensor) -> Batch:
         """Return the batch of rows of given indices."""
         batch: Batch
         if isinstance(self.data, Dataset):
-            batch = default_collate([self.data[k] for k in chosen.tolist()])
-        elif isinstance(self.data, tuple):
+            return self._converted_items(self.data, chosen.tolist())
+        if isinstance(self.data, tuple):
             batch = tuple(part.index_select(0, chosen.to(part.device)) for part in self.data)
         else:
             batch = self.data.index_select(0, chosen.to(self.data.device))
         return batch if self.convert is None else self.convert(batch)
+
+    def _converted_items(self, data: Dataset[Any], chosen: list[int]) -> Batch:
+        items = []
+        for k in chosen:
+            try:
+                items.append(data[k])
+            except Exception as error:
+                raise RowError(k, f"{type(error).__name__} was raised: {error}") from error
+        batch: Batch = default_collate(items)
+        if self.convert is None:
+            return batch
+        try:
+            return self.convert(batch)
+        except ValueError:
+            for k, item in zip(chosen, items, strict=True):
+                try:
+                    self.convert(default_collate([item]))
+                except ValueError as error:
+                    raise RowError(k, str(error)) from error
+            raise
 
     def numbers(self, step: int) -> Tensor:
         """Return the indices of the rows of this process in the batch of a step."""

@@ -50,7 +50,7 @@ def fit(*arguments: Any, **options: Any) -> History:
 
     Raises:
         ValueError: as :class:`~pyroebm.training.Trainer`.
-        FloatingPointError: at a failed step, unless the guard rolls back.
+        StepError: at a failed step, unless the guard rolls back.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ def fit_steps(*arguments: Any, **options: Any) -> Iterator[Step]:
 
     Raises:
         ValueError: as :class:`~pyroebm.training.Trainer`, at the call and not in the loop.
-        FloatingPointError: in the loop, at a failed step, unless the guard rolls back.
+        StepError: in the loop, at a failed step, unless the guard rolls back.
 
     Example:
         >>> import torch

@@ -6,14 +6,45 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroebm.core._checks import check_counts
+from pyroebm.core._checks import check_counts, stacklevel_of_user
 from pyroebm.training.checkpoint import TrainingState
 
-__all__ = ["Guard", "Rollback"]
+__all__ = ["Guard", "Rollback", "StepError"]
+
+
+class StepError(FloatingPointError, ValueError):
+    """A failed step of a training.
+
+    An exception that was raised within the step is its ``__cause__``.
+
+    Args:
+        message: what failed.
+        step: number of the step.
+        metrics: of this step as far as they were computed, else of the step before.
+        row: number of the first row of the data whose energy is not finite, or None.
+
+    Example:
+        >>> raise StepError("at step 3 loss is nan", 3, {"grad_norm": 0.5})
+        Traceback (most recent call last):
+        pyroebm.training.guards.StepError: at step 3 loss is nan
+    """
+
+    def __init__(
+        self, message: str, step: int, metrics: Mapping[str, float], row: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        self.metrics = dict(metrics)
+        self.row = row
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.step, self.metrics, self.row)
+
 
 #: Number of steps between copies of the state.
 COPY_EVERY = 100
@@ -23,18 +54,18 @@ COPY_EVERY = 100
 class Guard:
     r"""The criterion for a failed step of :func:`pyroebm.training.fit`, and what follows it.
 
-    A step fails if the loss or the gradient is not finite, or if the mean energies of data and
+    A step fails if the loss, the gradient or an updated parameter is not finite, if the data, the
+    objective, a kernel or the optimizer raises an exception, or if the mean energies of data and
     model differ by more than a bound, :math:`|E_{data} - E_{model}| > g`, which indicates diverged
-    chains. A failed step does not change the parameters. It raises an error, or parameters, states
-    of the optimizers and chains are restored to a copy, which is made after the first good step
-    and then every 100 steps. The order of the
-    data, the random numbers and the schedule are not restored, so that the same batches and random
-    numbers do not occur again.
+    chains. It raises a :class:`StepError`, or parameters, states of the optimizers and chains are
+    restored to a copy, which is made within the first good step and then every 100 steps. The order
+    of the data, the random numbers and the schedule are not restored, so that the same batches and
+    random numbers do not occur again.
 
     Args:
         rollback: whether to restore a copy; False raises.
         max_energy_gap: g, in nats, for objectives with the metric ``energy_gap``; None is no bound.
-        max_rollbacks: largest number of rollbacks; the next failed step raises.
+        max_rollbacks: largest number of rollbacks; the next failed step restores a copy and raises.
 
     Raises:
         ValueError: if a number is not positive.
@@ -86,6 +117,9 @@ class Guard:
 class Rollback:
     """Copies of the state of a training, restored at failed steps.
 
+    A copy is made within a step, after the loss and the gradient were found to be finite and before
+    the update, so training can continue from it.
+
     Args:
         guard: the criterion for failed steps.
         state: the state of the training.
@@ -96,31 +130,54 @@ class Rollback:
         self.count, self.kept_at = 0, -1
         self.kept: dict[str, Tensor] = {}
 
-    def passed(self, step: int) -> None:
-        """Record a good step, and copy the state if it is due."""
-        if self.guard.rollback and (not self.kept or (step + 1) % COPY_EVERY == 0):
-            self.kept, self.kept_at = self.state.tensors(), step
+    def keep(self, step: int) -> None:
+        """Copy the state before the update of a step, if it is due."""
+        if self.guard.rollback and (not self.kept or step % COPY_EVERY == 0):
+            self.kept, self.kept_at = self.state.tensors(), step - 1
 
-    def failed(self, step: int, complaint: str, metrics: Mapping[str, float]) -> None:
-        """Restore the last copy with a warning, or raise.
+    def failed(
+        self,
+        step: int,
+        complaint: str,
+        metrics: Mapping[str, float],
+        *,
+        row: int | None = None,
+        cause: Exception | None = None,
+        updated: bool = False,
+    ) -> None:
+        """Restore the last copy with a warning, or with an error.
+
+        Args:
+            step: number of the step.
+            complaint: what failed.
+            metrics: of the step.
+            row: number of a row of the data that is at fault.
+            cause: an exception that was raised within the step.
+            updated: whether the optimizer may have changed the parameters.
 
         Raises:
-            FloatingPointError: if the guard does not roll back, ``max_rollbacks`` is reached, or
-                there was no good step before.
+            StepError: if the guard does not roll back, ``max_rollbacks`` is reached, or there was
+                no good step before.
         """
+        if self.kept:
+            self.state.restore(self.kept, learned_only=True)
+            now = "restored the parameters " + (
+                f"after step {self.kept_at}" if self.kept_at >= 0 else "of the start"
+            )
+        elif updated:
+            now = "the update may have changed the parameters in part"
+        else:
+            now = "parameters and optimizer are those after the previous step"
         if not self.kept or self.count >= self.guard.max_rollbacks:
             after = f" after {self.count} rollbacks" if self.count else ""
-            raise FloatingPointError(
-                f"fit: at step {step}{after} {complaint}; parameters and optimizer are those after"
-                f" the previous step. Metrics: {metrics}"
-            )
-        self.state.restore(self.kept, learned_only=True)
+            message = f"fit: at step {step}{after} {complaint}; {now}. Metrics: {dict(metrics)}"
+            raise StepError(message, step, metrics, row) from cause
         self.count += 1
         warnings.warn(
-            f"fit: at step {step} {complaint}; restored the parameters after step"
-            f" {self.kept_at} (rollback {self.count} of at most {self.guard.max_rollbacks})",
+            f"fit: at step {step} {complaint}; {now} (rollback {self.count} of at most"
+            f" {self.guard.max_rollbacks})",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=stacklevel_of_user(),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.files import append_line, read_text, write_text
+from pyroebm.core.files import append_line, check_writable, read_text, reading, write_text
 
 __all__ = ["TrainingLog", "read_log"]
 
@@ -26,6 +26,7 @@ class TrainingLog:
 
     Raises:
         ValueError: if ``every`` < 1, or the file exists and ``resume`` is False.
+        FileError: if the file cannot be written, or is damaged where it is resumed.
         ModuleNotFoundError: if ``tensorboard`` is given and not installed.
 
     Example:
@@ -57,9 +58,10 @@ class TrainingLog:
                         f"log={str(path)!r} must be a new file, but exists: continue with"
                         " resume=True, or give another name"
                     )
-                lines = [line for line in read_log(self.path) if line["step"] < done]
+                with reading(self.path):
+                    lines = [line for line in read_log(self.path) if line["step"] < done]
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(self.path)
         self.writer: Any = None if tensorboard is None else _writer(tensorboard, done)
 
     def write(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
@@ -88,9 +90,14 @@ class TrainingLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """Read the lines of a log; an incomplete last line of a killed process is dropped."""
+    """Read the lines of a log; an incomplete last line of a killed process is dropped.
+
+    Raises:
+        FileError: if there is no such file, or another line is not JSON.
+    """
     lines = read_text(path).split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    with reading(path):
+        return [json.loads(line) for line in lines[:-1]]
 
 
 def _writer(folder: str | Path, done: int) -> Any:

@@ -17,6 +17,7 @@ from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.rbm import RBM, BernoulliRBM, GaussianRBM
 from pyroebm.energies.tied import TiedRBM, compose
 from pyroebm.objectives.base import Objective
+from pyroebm.training.data import Conversion
 from pyroebm.training.fit import fit
 
 __all__ = ["pretrain_belief_network", "pretrain_boltzmann_machine"]
@@ -58,6 +59,7 @@ def pretrain_belief_network(
         [4, 3, 4]
     """
     network = DeepBeliefNetwork(sizes[:2], dtype=data.dtype).to(data.device)
+    Conversion(network.top).table(data)
     network.top.fit_visible(data)
     _train_layer(1, network.top, data, objective, options)
     for layer, (below, size) in enumerate(zip(sizes[:-2], sizes[2:], strict=True), 2):
@@ -118,6 +120,7 @@ def pretrain_boltzmann_machine(
             rbm = BernoulliRBM(below, above, dtype=data.dtype)
         rbm.to(data.device)
         if k == 0:
+            Conversion(rbm).table(data)
             rbm.fit_visible(data)
         tied = TiedRBM(rbm, (2 if k < last else 1, 2 if k > 0 else 1))
         _train_layer(k + 1, tied, tied.repeat(inputs), objective, options)

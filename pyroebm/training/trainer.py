@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -15,16 +16,20 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.files import checksum
+from pyroebm.core._torch_private import norm_of_each
+from pyroebm.core.files import Lock, check_writable, checksum
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.objectives.base import HasLosses, Objective, module_dtype
 from pyroebm.training.checkpoint import Checkpoint, TrainingState, saved_seed, settings_of
-from pyroebm.training.data import Batches, Data, Passes, batches_of
+from pyroebm.training.data import Batches, Data, Passes, RowError, batches_of
 from pyroebm.training.distributed import (
+    ProcessError,
+    agree,
     average_gradients,
     connected_ranks,
     gather_bytes,
+    reason_of_end,
     same_start,
 )
 from pyroebm.training.guards import Guard, Rollback
@@ -35,6 +40,8 @@ from pyroebm.training.validation import AnyObjective, Validation, rows_of
 
 __all__ = ["Step", "Trainer"]
 
+#: What processes exchange at each step: whether they take it.
+GOES_ON, FAILED, LEFT = range(3)
 #: Seconds between checkpoints.
 CHECKPOINT_EVERY = 60.0
 
@@ -148,6 +155,7 @@ class Trainer:
     Raises:
         ValueError: if an argument is out of range, the data do not fit the module, ``checkpoint``
             or ``log`` exists and ``resume`` is False, or the checkpoint has other settings.
+        FileError: if a file cannot be written, is damaged, or is in use by another process.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -281,6 +289,9 @@ class Trainer:
         self.history = History(seed)
         self.steps_done = 0
         self._stop_requested = self._stopped = False
+        #: Of the last step.
+        self._metrics: dict[str, float] = {}
+        self._lock: Lock | None = None
         self._checkpoint: Checkpoint | None = None
         if checkpoint is not None:
             settings: dict[str, Any] = {name: type(part).__name__ for name, part in parts.items()}
@@ -304,20 +315,28 @@ class Trainer:
                 **settings_of("objective", objective, trained, seen),
             }
             self._checkpoint = Checkpoint(checkpoint, state, settings)
-            if exists and not resume:
-                raise ValueError(
-                    f"checkpoint={str(checkpoint)!r} must be a new file, but exists: continue with"
-                    " resume=True, or give another name"
-                )
-            if exists:
+            if rank == 0:
+                check_writable(checkpoint)
+                self._lock = Lock(Path(f"{checkpoint}.lock"), Path(checkpoint))
+                self._lock.acquire()
+        try:
+            if checkpoint is not None and Path(checkpoint).exists():
+                if not resume:
+                    raise ValueError(
+                        f"checkpoint={str(checkpoint)!r} must be a new file, but exists: continue"
+                        " with resume=True, or give another name"
+                    )
                 self.restore()
-        self._log = (
-            TrainingLog(log, tensorboard, every=log_every, done=self.steps_done, resume=resume)
-            if rank == 0
-            else None
-        )
-        if self._ranks[1] > 1:
-            same_start(self._parameters)
+            self._log = (
+                TrainingLog(log, tensorboard, every=log_every, done=self.steps_done, resume=resume)
+                if rank == 0
+                else None
+            )
+            if self._ranks[1] > 1:
+                same_start(self._parameters)
+        except BaseException:
+            self._unlock()
+            raise
         self._saved = time.monotonic()
 
     def _common_seed(self, checkpoint: str | Path | None, seed: int | None) -> int:
@@ -401,8 +420,9 @@ class Trainer:
 
         Raises:
             ValueError: if the training is finished.
-            FloatingPointError: at a failed step, with its number and the metrics, unless the guard
-                rolls back. Parameters and optimizer are those after the previous step.
+            StepError: at a failed step, with its number, the metrics and the row of the data that
+                is at fault, unless the guard rolls back. Parameters and optimizer are those after
+                the previous step, unless the optimizer itself failed.
         """
         if self.finished:
             raise ValueError(f"the training is finished after {self.steps_done} steps")
@@ -432,33 +452,48 @@ class Trainer:
         If the loop ends early, the checkpoint is written.
         """
         show = self._progress if self._ranks[0] == 0 else False
-        with Progress(self.num_steps, "fit", show=show, done=self.steps_done) as shown:
-            while not self.finished:
-                step = self.step()
-                shown.note(loss=step.loss)
-                shown.update()
-                try:
-                    yield step
-                # not after an exception within a step, which leaves an inconsistent state
-                except GeneratorExit:
-                    if self._checkpoint is not None:
-                        self.save()
-                    self.close()
-                    raise
-        self.close()
+        try:
+            with Progress(self.num_steps, "fit", show=show, done=self.steps_done) as shown:
+                while not self.finished:
+                    step = self.step()
+                    shown.note(loss=step.loss)
+                    shown.update()
+                    try:
+                        yield step
+                    # not after an exception within a step, which leaves an inconsistent state
+                    except GeneratorExit:
+                        self._leave()
+                        raise
+            self.close()
+        finally:
+            self._unlock()
+
+    def _leave(self) -> None:
+        """End the training early, and write the checkpoint if all processes end it here."""
+        if self.finished:
+            return
+        if self._ranks[1] == 1 or set(agree(LEFT)) == {LEFT}:
+            if self._checkpoint is not None:
+                self.save()
+            self.close()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def stop(self) -> None:
         """Stop after the next step, in all processes."""
         self._stop_requested = True
 
     def close(self) -> None:
-        """Restore the best weights, if they are kept, and end the objective and the log."""
+        """Restore the best weights, if they are kept; end the objective, the log and the lock."""
         if isinstance(self.objective, Objective):
             self.objective.end_training()
         if self._validation is not None:
             self._validation.restore_best()
         if self._log is not None:
             self._log.close()
+        self._unlock()
 
     def save(self) -> None:
         """Write the checkpoint.
@@ -552,19 +587,90 @@ class Trainer:
         Returns:
             The loss, the metrics, and whether a checkpoint is due in the first process.
         """
-        batch = None if self._batches is None else self._batches(number)
-        seen = self._differentiate(batch)
-        if self._ranks[1] > 1:
+        together = self._ranks[1] > 1
+        batch: Any = None
+
+        def differentiate() -> dict[str, Tensor]:
+            nonlocal batch
+            if self._batches is not None:
+                batch = self._batches(number)
+            return self._differentiate(batch)
+
+        seen, failure = self._attempt(number, differentiate)
+        if failure is None and together:
             # metrics too: what depends on them happens in all processes or in none
             seen["due"] = torch.tensor(float(due and self._ranks[0] == 0))
             seen["stop"] = torch.tensor(float(self._stop_requested))
             seen = average_gradients(self._parameters, seen, rows_of(batch))
             due = bool(seen.pop("due") > 0)
             self._stopped = bool(seen.pop("stop") > 0)
-        if self._transform is not None:
-            self._transform(self.module, batch, seen)
-            if self._ranks[1] > 1:  # it may depend on the batch of this process
+        if failure is None and self._transform is not None:
+            transform = functools.partial(self._transform, self.module, batch, seen)
+            _, failure = self._attempt(number, transform)
+            if failure is None and together:  # it may depend on the batch of this process
                 average_gradients(self._parameters, {}, 1.0)
+        loss = math.nan
+        complaint: str | None = None
+        updated = False
+        if failure is None:
+            try:
+                loss = float(seen["loss_energy"])
+                self._metrics, numbers = self._numbers(seen)
+                complaint = self._guard.complaint(numbers)
+                if complaint is None:
+                    self._rollback.keep(number)
+                    updated = True
+                    complaint = self._optimize()
+            except Exception as error:
+                failure = error
+        if complaint is not None or failure is not None:
+            row, where = self._row_at_fault(number, batch)
+            if isinstance(failure, RowError):
+                row, complaint = failure.row, str(failure)
+            elif failure is not None:
+                complaint = f"{type(failure).__name__} was raised: {failure}"
+            complaint = f"{complaint}{where}"
+            rollback = self._rollback
+            if together and updated and failure is not None:
+                # the other processes may have completed the update
+                rollback = Rollback(Guard(), rollback.state)
+            rollback.failed(
+                number, complaint, self._metrics, row=row, cause=failure, updated=updated
+            )
+        for plan in self._plans.values():
+            plan.step()
+        # those of a failed step are not known, if it raised an exception
+        metrics = {} if failure is not None else self._metrics
+        if self._guard.rollback:
+            metrics = metrics | {"rollbacks": float(self._rollback.count)}
+        return loss, metrics, due
+
+    def _attempt(
+        self, number: int, call: Callable[[], dict[str, Tensor] | None]
+    ) -> tuple[dict[str, Tensor], Exception | None]:
+        """Return the result of a call, and the exception that it raised in any process."""
+        result, failure = None, None
+        try:
+            result = call()
+        except Exception as error:
+            failure = error
+        if self._ranks[1] > 1:
+            codes = agree(GOES_ON if failure is None else FAILED)
+            if LEFT in codes:
+                raise ProcessError(
+                    reason_of_end()
+                    or f"process {codes.index(LEFT)} left the training before step {number}, and"
+                    " this one goes on"
+                )
+            if FAILED in codes:
+                own = "" if failure is None else f"{type(failure).__name__}: {failure}"
+                reasons = [reason.decode() for reason in gather_bytes(own.encode() + b" ")]
+                first = codes.index(FAILED)
+                failure = failure or RuntimeError(f"process {first}: {reasons[first].strip()}")
+        return result or {}, failure
+
+    def _numbers(self, seen: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """Clip the gradients, and return the metrics and the numbers that must be finite."""
         metrics = {name: float(value) for name, value in seen.items() if value.dim() == 0}
         players = self._players
         norms = {
@@ -582,21 +688,34 @@ class Trainer:
             numbers = losses | norms
         if self._guard.max_energy_gap is not None and "energy_gap" in metrics:
             numbers["energy_gap"] = metrics["energy_gap"]
-        complaint = self._guard.complaint(numbers)
-        if complaint is None:
-            for player in players.values():
-                player.optimizer.step()
-            if self._average is not None:
-                self._average.update_parameters(self.module)
-        else:
-            self._rollback.failed(number, complaint, metrics)
-        for plan in self._plans.values():
-            plan.step()
-        if complaint is None:
-            self._rollback.passed(number)
-        if self._guard.rollback:
-            metrics["rollbacks"] = float(self._rollback.count)
-        return losses["loss_energy"], metrics, due
+        return metrics, numbers
+
+    def _optimize(self) -> str | None:
+        """Update the parameters, and return what is wrong with them, or None."""
+        for optimizer in self._optimizers.values():
+            optimizer.step()
+        largest = norm_of_each([p.detach() for p in self._parameters if p.numel()], math.inf)
+        if not bool(torch.stack([each.to(largest[0]) for each in largest]).isfinite().all()):
+            return "the updated parameters are not finite"
+        if self._average is not None:
+            self._average.update_parameters(self.module)
+        return None
+
+    def _row_at_fault(self, number: int, batch: Any) -> tuple[int | None, str]:
+        """Return the first row of a batch whose density is not finite, where others are."""
+        events = batch[0] if isinstance(batch, tuple | list) else batch
+        try:
+            with torch.no_grad():
+                finite = self.module.score_samples(events).isfinite()  # type: ignore[operator]
+            bad = (~finite).nonzero().flatten().tolist()
+        except Exception:  # the module has none, or fails itself
+            return None, ""
+        if not bad or len(bad) == len(finite):
+            return None, ""
+        if isinstance(self._batches, Batches):
+            row = int(self._batches.numbers(number)[bad[0]])
+            return row, f" (the energy is not finite at row {row} of the data)"
+        return bad[0], f" (the energy is not finite at row {bad[0]} of the batch)"
 
 
 def _fingerprint(batches: Batches | Passes | None) -> str | None:

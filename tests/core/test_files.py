@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import gzip
+import json
 import math
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 import xarray
+from lib.scripts import ROOT
 
 from pyroebm.core import files
 from pyroebm.core.files import FileError
@@ -35,17 +44,17 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: 
 
 def test_two_writers_have_files_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    with files.atomic_write(path, ".0") as mine, files.atomic_write(path, ".1") as theirs:
+    with files.atomic_write(path) as mine, files.atomic_write(path) as theirs:
         assert mine != theirs
         mine.write_text("mine")
         theirs.write_text("theirs")
     assert files.read_text(path) == "mine"
 
 
-@pytest.mark.parametrize("value", [{"a": [1, 2.5, None, "é"]}, [], math.inf])
-def test_json_comes_back(value: object, tmp_path: Path) -> None:
-    files.write_json(tmp_path / "a.json", value)
-    assert files.read_json(tmp_path / "a.json") == value
+def test_settings_come_back(tmp_path: Path) -> None:
+    settings = {"a": [1, 2.5, None, "é"], "b": math.inf}
+    files.write_settings(tmp_path / "a.json", settings)
+    assert files.read_settings(tmp_path / "a.json") == settings
 
 
 def test_tensors_come_back_with_their_text(tmp_path: Path) -> None:
@@ -134,16 +143,22 @@ def test_arrays_are_those_asked_for_and_no_pickle_is_loaded(tmp_path: Path) -> N
 def test_bytes_are_unzipped_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"draws"))
     (tmp_path / "a").write_bytes(b"draws")
-    assert files.read_bytes(tmp_path / "a.gz") == files.read_bytes(tmp_path / "a") == b"draws"
+    for name in ("a", "a.gz"):
+        assert files.read_bytes(tmp_path / name, lambda start: 5) == b"draws"
+        for size, said in ((4, "got more"), (6, "got 5")):
+            with pytest.raises(FileError, match=said):
+                files.read_bytes(tmp_path / name, lambda start, size=size: size)
 
 
 def test_groups_come_back_thinned(tmp_path: Path) -> None:
     draws = xarray.Dataset({"x": (("chain", "draw"), np.arange(12.0).reshape(2, 6))})
     files.write_groups(tmp_path / "a.nc", {"posterior": draws}, {"seed": 3})
-    found = files.read_group(tmp_path / "a.nc", "posterior", slice(1, None, 2))
-    assert found["x"].values.tolist() == [[1.0, 3.0, 5.0], [7.0, 9.0, 11.0]]
-    with pytest.raises(OSError, match="warmup"):
-        files.read_group(tmp_path / "a.nc", "warmup")
+    attrs, found = files.read_groups(tmp_path / "a.nc", ("posterior", "warmup"), slice(1, None, 2))
+    assert found.keys() == {"posterior"}
+    assert found["posterior"]["x"].values.tolist() == [[1.0, 3.0, 5.0], [7.0, 9.0, 11.0]]
+    assert attrs == {"seed": 3}
+    with xarray.open_dataset(tmp_path / "a.nc", group="posterior", engine="h5netcdf") as theirs:
+        assert theirs.equals(draws)
 
 
 def test_lines_are_added(tmp_path: Path) -> None:
@@ -159,3 +174,141 @@ def test_a_figure_is_written_in_the_format_of_its_name(tmp_path: Path) -> None:
     files.write_figure(tmp_path / "a.png", figure)
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Locks, and files that cannot be written
+
+
+def lock_of(path: Path, **changed: object) -> files.Lock:
+    """A lock file that names another holder."""
+    holder = dataclasses.asdict(files._Holder.current()) | changed
+    path.with_suffix(".lock").write_text(json.dumps(holder))
+    return files.Lock(path.with_suffix(".lock"), path)
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_lock_names_its_holder_and_is_released(tmp_path: Path) -> None:
+    lock = files.Lock(tmp_path / "deep" / "run.lock", tmp_path / "run")
+    with lock:
+        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+        assert not lock.held_elsewhere
+    assert not lock.path.exists()
+    lock.acquire()
+    del lock  # an object that is deleted
+    gc.collect()
+    assert not list((tmp_path / "deep").iterdir())
+
+
+@pytest.mark.parametrize("changed", [{"pid": 0}, {"started": "1"}], ids=["dead", "number reused"])
+def test_the_lock_of_a_process_that_has_ended_is_taken_over(
+    changed: dict[str, object], tmp_path: Path
+) -> None:
+    if "pid" in changed:
+        changed = {"pid": dead_process()}
+    lock = lock_of(tmp_path / "run", **changed, time=time.time() - 7300.0)
+    assert not lock.held_elsewhere
+    with (
+        pytest.warns(RuntimeWarning, match=r"by process \d+ .* took it 2 h ago"),
+        lock,
+    ):
+        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"host": "elsewhere", "pid": 3}, "in use by process 3 on elsewhere, since 5 min: wait"),
+        ({"namespace": "pid:[1]", "pid": 4}, "in use by process 4 on .*, since 5 min: .*delete"),
+        ({"pid": os.getppid()}, "in use by process"),
+        (None, "in use by a process, since"),
+    ],
+)
+def test_a_lock_that_may_be_held_is_not_taken_over(
+    changed: dict[str, object] | None, said: str, tmp_path: Path
+) -> None:
+    """On another machine or in another container nothing is known of the process."""
+    if changed is not None and changed == {"pid": os.getppid()}:
+        changed = {**changed, "started": files._started(os.getppid())}
+    lock = lock_of(tmp_path / "run", **(changed or {}), time=time.time() - 300.0)
+    if changed is None:
+        lock.path.write_text("")  # before its holder has written it
+    content = lock.path.read_text()
+    assert lock.held_elsewhere
+    with pytest.raises(FileError, match=said) as caught:
+        lock.acquire()
+    assert caught.value.path == tmp_path / "run"
+    assert lock.path.read_text() == content
+
+
+def test_a_lock_is_of_one_object(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with (
+        files.Lock(path, path),
+        pytest.raises(FileError, match="in use by another object of this process"),
+    ):
+        files.Lock(path, path).acquire()
+    assert not path.exists()
+
+
+def test_processes_that_take_one_lock_take_turns(tmp_path: Path) -> None:
+    """Many take over the lock of a dead process at once: one holds it at a time."""
+    lock_of(tmp_path / "run", pid=dead_process())
+    script = """
+        import sys, time, warnings
+        from pathlib import Path
+        from pyroebm.core.files import FileError, Lock
+        warnings.simplefilter("ignore")
+        folder, taken = Path(sys.argv[1]), 0
+        print(flush=True)
+        sys.stdin.readline()
+        while taken < 20:
+            try:
+                with Lock(folder / "run.lock", folder / "run"):
+                    with open(folder / "alone", "x"):
+                        pass
+                    (folder / "alone").unlink()
+                    taken += 1
+            except FileError:
+                pass
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    for process in processes:  # all have imported
+        process.stdout.readline()  # type: ignore[union-attr]
+    for process in processes:
+        process.communicate("go\n", timeout=60)
+    assert [process.returncode for process in processes] == [0, 0, 0]
+
+
+def test_what_cannot_be_written_raises_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "a", tmp_path / "folder", tmp_path / ("a" * 250)):
+        with pytest.raises(FileError, match="cannot be written") as caught:
+            files.check_writable(path)
+        assert caught.value.path == path
+        with pytest.raises(FileError, match="cannot be written"):
+            files.write_tensors(path, {"x": torch.ones(1)})
+    files.check_writable(tmp_path / "deep" / "er" / "a")
+    assert list((tmp_path / "deep" / "er").iterdir()) == []
+
+
+def test_damaged_settings_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    files.write_settings(path, {"seed": 3, "kernel": "NUTS"})
+    path.write_text(path.read_text().replace("3", "5", 1))
+    with pytest.raises(FileError, match="its checksum does not match"):
+        files.read_settings(path)

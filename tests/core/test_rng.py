@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pyro.distributions as dist
 import pytest
@@ -14,8 +15,10 @@ from torch import Tensor
 from pyroebm.core import DistributionEnergy
 from pyroebm.core.rng import draw_from, drawing_from
 from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork
-from pyroebm.flows import NICE
+from pyroebm.flows import NICE, MixtureBase, SplineFlow, StudentBase
+from pyroebm.kernels import BlockGibbs
 from pyroebm.nn import mlp
+from pyroebm.objectives import ReplayBufferCD
 
 Draw = Callable[[torch.Generator | None], Tensor]
 
@@ -62,20 +65,58 @@ def test_without_one_the_default_generator_decides(draw: Draw) -> None:
     assert not torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("name", ["distribution", "code without a generator"])
-def test_threads_with_generators_of_their_own_do_not_meet(name: str) -> None:
-    draw, found = DRAWS[name], dict[int, list[Tensor]]()
+def sweeps(generator: torch.Generator | None) -> Tensor:
+    kernel = BlockGibbs()
+    state = kernel.init(JOINT, torch.zeros(3, 7), generator)
+    for _ in range(3):
+        state, _ = kernel.step(JOINT, state, generator)
+    return state.x
+
+
+def contrastive(initial: Any) -> Draw:
+    """The loss of contrastive divergence."""
+
+    def draw(generator: torch.Generator | None) -> Tensor:
+        objective = ReplayBufferCD(5, 2, BlockGibbs(), initial=initial)
+        return objective(JOINT, torch.eye(7), generator=generator)[0].detach()
+
+    return draw
+
+
+JOINT = BernoulliRBM(4, 3, generator=seeded(0)).joint()
+MIXTURE = MixtureBase(2, 3, generator=seeded(0))
+STUDENT = StudentBase(2)
+CPU = torch.device("cpu")
+#: What draws in threads: all of the above, and what uses foreign distributions.
+IN_THREADS: dict[str, Draw] = DRAWS | {
+    "block Gibbs": sweeps,
+    "mixture": lambda g: MIXTURE.rsample(20, torch.float32, CPU, g).detach(),
+    "Student": lambda g: STUDENT.rsample(20, torch.float32, CPU, g).detach(),
+    "zuko": lambda g: weights(SplineFlow(2, num_layers=1, hidden_sizes=(4,), generator=g)),
+    "contrastive divergence": contrastive(None),
+    "chains from a distribution": contrastive(dist.Bernoulli(0.3).expand([7]).to_event(1)),
+}
+
+
+def test_threads_with_generators_of_their_own_do_not_meet() -> None:
+    """16 threads, each of which draws in all ways in another order."""
+    found = dict[int, list[Tensor]]()
+
+    def drawn(seed: int) -> list[Tensor]:
+        ways, generator = list(IN_THREADS.values()), seeded(seed)
+        order = [(k * (1 + seed % 4) + seed) % len(ways) for k in range(3 * len(ways))]
+        return [ways[k](generator) for k in order]
 
     def run(seed: int) -> None:
-        generator = seeded(seed)
-        found[seed] = [draw(generator) for _ in range(200)]
+        found[seed] = drawn(seed)
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    before = torch.get_rng_state()
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for seed in range(4):
-        generator = seeded(seed)
-        for drawn in found[seed]:
-            assert torch.equal(drawn, draw(generator))
+    assert torch.equal(torch.get_rng_state(), before)
+    for seed in range(16):
+        for one, other in zip(found[seed], drawn(seed), strict=True):
+            assert torch.equal(one, other)

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from lib.graphs import data_dependent
+from pyro.distributions import Beta
+from pyro.ops.special import safe_log
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional
 
 from pyroebm.core import value_and_grad
 from pyroebm.core._torch_private import FixedShapes, PerturbedRounding
-from pyroebm.core.rowwise import RowsInABatch, RowwiseEnergy
+from pyroebm.core.rowwise import RowsInABatch, RowwiseEnergy, map_rows
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -306,6 +308,35 @@ def test_a_last_digit_is_no_random_number(
     else:
         with pytest.raises(ValueError, match="a random number that is not a sample site"):
             Rows(row, dtype)
+
+
+def bounded_log(u: Tensor) -> Tensor:
+    """Its gradient at 0 is 1 / eps, where that of the logarithm is infinite."""
+    return (u**2).sum() - 1e-15 * safe_log((u - 0.3).clamp(min=0.0)).clamp(min=-1.0).sum()
+
+
+def test_the_logarithm_of_pyro_is_captured_with_its_gradient() -> None:
+    rows = Rows(bounded_log)
+    assert rows.batching == "graph"
+    u = torch.tensor([[0.3, 0.5, 0.9], [0.31, 0.3, 0.30001]])
+    energies, gradient = value_and_grad(rows, u)
+    again = u.clone().requires_grad_()
+    expected = torch.stack([bounded_log(row) for row in again])
+    torch.testing.assert_close(energies, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), again)[0])
+
+
+def test_functions_outside_of_vmap_stay_those_of_pyro_and_torch() -> None:
+    def row(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": Beta(2.0, 3.0).sample() + safe_log(values["u"])}
+
+    found = map_rows(row, {"u": torch.ones(5)}, 5, name="it", random_values=True)
+    assert len(found["x"].unique()) == 5
+    x = torch.zeros(1, requires_grad=True)
+    (gradient,) = torch.autograd.grad(safe_log(x).sum(), x)
+    assert float(gradient) == 1.0 / torch.finfo(torch.float64).eps
+    a = torch.tensor(2.0, requires_grad=True)
+    assert Beta(a, 3.0).rsample().requires_grad
 
 
 def seeded_features(u: Tensor) -> Tensor:

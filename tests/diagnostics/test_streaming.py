@@ -182,3 +182,18 @@ def test_moments_are_resumed_too(tmp_path: Path) -> None:
             assert all(
                 torch.equal(a, b) for a, b in zip(moments, mcmc.get_moments()[name], strict=True)
             )
+
+
+def test_one_draw_of_each_chain_has_the_moments_of_the_definition() -> None:
+    """Variances within chains are 0: between chains of a superchain is all there is."""
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = StreamingMoments.start(x).update(x)
+    torch.testing.assert_close(moments.variances(), x.var(0, unbiased=False))
+    torch.testing.assert_close(moments.mcse(), x.std(0) / 8.0)
+    super_means = x.reshape(8, 8, 3).mean(1)
+    within = x.reshape(8, 8, 3).var(1).mean(0)
+    expected = torch.sqrt(1.0 + super_means.var(0) / within)
+    torch.testing.assert_close(moments.nested_r_hat(8), expected)
+    assert bool(moments.r_hat().isnan().all())  # which has no variance within
+    more = moments.update(x + 1.0)
+    torch.testing.assert_close(more.variances(), torch.cat([x, x + 1.0]).var(0, unbiased=False))

@@ -52,6 +52,7 @@ from pyroebm.flows import (
 )
 from pyroebm.flows.affine import coupling_mask
 from pyroebm.flows.groups import multiplication_table
+from pyroebm.flows.zuko_flows import _spline
 from pyroebm.objectives import ReverseKL, SymmetrizedKL
 from pyroebm.objectives.variational.reverse_kl import kl_summands
 from pyroebm.targets import Gaussian
@@ -757,3 +758,31 @@ def test_mutants_of_the_layers_are_caught(make: Callable[[], Any]) -> None:
     flow = Flow([layer, PLULinear(torch.eye(4, dtype=F64))], 4, 4)
     with pytest.raises(AssertionError, match="not close"):
         check_both_ways(flow, layer, noise(3, 4))
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("autoregressive", [False, True])
+def test_densities_of_steep_splines_are_finite_in_float32(
+    noise: float, autoregressive: bool
+) -> None:
+    """Rounding puts an inverse outside of its bin, in one of thousands of rows."""
+    start, generator = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    flow = SplineFlow(2, autoregressive=autoregressive, dtype=torch.float32, generator=start)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
+        x, log_q = flow.forward_and_log_prob(flow.rsample_base(20_000, generator))
+        assert bool(log_q.isfinite().all())
+        assert bool(flow.log_prob(x).isfinite().all())
+
+
+def test_splines_are_those_of_zuko_where_these_are_finite() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 8), (7, 8), (7, 7)]
+    settings = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+    theirs = zuko.transforms.MonotonicRQSTransform(*settings)
+    ours = _spline()(*settings)
+    x = torch.linspace(-6.0, 6.0, 7, dtype=torch.float64)
+    for a, b in zip(ours.call_and_ladj(x), theirs.call_and_ladj(x), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ours.inv(theirs(x)), x)

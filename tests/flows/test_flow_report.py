@@ -67,7 +67,7 @@ def test_a_flow_that_is_the_target_is_off_by_rounding_alone() -> None:
 
 
 def test_a_flow_inside_one_well_is_seen_through() -> None:
-    """The trap: healthy reverse figures, a log Z that is wrong by many of its standard errors."""
+    """The trap: a large reverse ESS, and a log Z that is wrong."""
     energy = DoubleWell()
     report = evaluate_flow(normal_flow(-1.413, 0.245), energy, num_samples=1000)
     assert report.weighted.ess_fraction > 0.8
@@ -78,7 +78,7 @@ def test_a_flow_inside_one_well_is_seen_through() -> None:
     said = "\n".join(report.findings)
     assert "missing: 1 of 2 modes, 6.65 % of the mass" in said
     assert "1: 0.0000, 0.0000 (0.0665)" in str(report)
-    assert "standard errors from the exact one" in said
+    assert "from the exact one" in said
     assert "forward ESS" in said
     assert str(report).endswith(said)
 

@@ -96,7 +96,8 @@ def test_every_error_of_a_few_weights_is_infinite() -> None:
     result = _summary(torch.arange(100.0), uneven)
     assert result.log_z.standard_error == math.inf
     assert float(result.expectation(lambda x: x)[1]) == math.inf
-    assert "+- inf (AIS" in str(from_weights(uneven, 0.0, "lower", "AIS"))
+    assert "+-" not in str(result)
+    assert "no standard error: the ESS" in str(from_weights(uneven, 0.0, "lower", "AIS"))
 
 
 def _spread(scores: object) -> tuple[float, float, float]:
@@ -154,12 +155,13 @@ def test_weight_is_the_written_formula() -> None:
 
 
 def test_summary_is_its_definition() -> None:
-    x, log_w = torch.arange(4.0, dtype=F64), torch.tensor([0.0, 1.0, -math.inf, 0.5], dtype=F64)
+    x = torch.arange(4.0, dtype=F64).repeat(10)
+    log_w = torch.tensor([0.0, 1.0, -math.inf, 0.5], dtype=F64).repeat(10)
     result, w = _summary(x, log_w), log_w.exp()
     assert result.log_z.value == pytest.approx(float(w.mean().log()))
-    assert result.log_z.standard_error == pytest.approx(float(w.std() / (2 * w.mean())))
+    assert result.log_z.standard_error == pytest.approx(float(w.std() / (40**0.5 * w.mean())))
     assert result.ess == pytest.approx(float(w.sum() ** 2 / (w**2).sum()))
-    assert result.ess_fraction == pytest.approx(result.ess / 4)
+    assert result.ess_fraction == pytest.approx(result.ess / 40)
     mean, se = result.expectation(lambda x: torch.stack([x, x**2], dim=-1))
     expected = (w / w.sum()) @ torch.stack([x, x**2], dim=-1)
     torch.testing.assert_close(mean, expected)
@@ -175,7 +177,8 @@ def test_summary_is_its_definition() -> None:
 
 def test_draws_of_weight_zero_do_not_count_whatever_f_is_there() -> None:
     result = _summary(
-        torch.tensor([1.0, 2.0, -1.0], dtype=F64), torch.tensor([0.0, 0.0, -math.inf], dtype=F64)
+        torch.tensor([1.0, 2.0, -1.0], dtype=F64).repeat(10),
+        torch.tensor([0.0, 0.0, -math.inf], dtype=F64).repeat(10),
     )
     mean, se = result.expectation(torch.sqrt)  # NaN at the draw of weight 0
     assert float(mean) == pytest.approx(0.5 * (1.0 + math.sqrt(2.0)))
@@ -301,10 +304,11 @@ def test_mutants_of_pareto_k_are_caught(
 def test_pareto_k_where_there_is_no_tail() -> None:
     normal_logs = np.random.default_rng(0).normal(size=1000)
     few = np.where(np.arange(1000) < 4, normal_logs, -np.inf)  # four weights that are not 0
-    assert [pareto_k(few), pareto_k(normal_logs[:20]), pareto_k(np.minimum(normal_logs, 0.5))] == [
-        math.inf
+    assert [pareto_k(few), pareto_k(normal_logs[:20])] == [math.inf] * 2
+    capped = np.minimum(normal_logs, 0.5)  # the largest weights are equal: there is no tail
+    assert [pareto_k(np.zeros(1000)), pareto_k(torch.full((5,), 3.0)), pareto_k(capped)] == [
+        -math.inf
     ] * 3
-    assert [pareto_k(np.zeros(1000)), pareto_k(torch.full((5,), 3.0))] == [-math.inf] * 2
     assert pareto_k(np.append(normal_logs, np.nan)) == math.inf
 
 
@@ -489,7 +493,7 @@ def test_single_precision_is_weighed_in_double() -> None:
 
 def test_draws_outside_the_support_weigh_nothing() -> None:
     """An energy is finite where its formula is, also outside its support."""
-    result = importance_sample(dist.Normal(0.0, 1.5), Exponential(1.0), 100_000)
+    result = importance_sample(dist.Laplace(0.0, 1.5), Exponential(1.0), 100_000)
     within_se(result.log_z.value, 0.0, result.log_z.standard_error)
     mean, error = result.expectation(lambda x: x)
     within_se(mean, 1.0, error)

@@ -558,6 +558,24 @@ def test_a_step_to_infinity_is_refused_where_the_energy_is_finite_too() -> None:
     assert torch.isfinite(state.x).all()
 
 
+def test_a_chain_does_not_enter_a_state_that_it_cannot_leave() -> None:
+    """Above 1 the energy is finite, and its gradient is not: an untaken branch of `where`."""
+
+    class Blind(Energy):
+        def forward(self, x: Tensor) -> Tensor:
+            return x**2 / 2 + torch.where(x < 1.0, 0.0 * torch.sqrt(1.0 - x), 0.0)
+
+    energy = Blind().double()
+    kernel, generator = StochasticGradientLangevin(step_size=0.5), torch.Generator().manual_seed(0)
+    start = torch.zeros(50, dtype=torch.float64)
+    state, moves = kernel.init(energy, start, generator), torch.zeros(50)
+    for step in range(400):
+        state, info = kernel.step(energy, state, generator)
+        moves += info.accepted * (step >= 200)
+    assert bool((state.x < 1.0).all())
+    assert bool((moves > 100).all())
+
+
 def test_the_step_decays_by_the_schedule() -> None:
     energy, kernel = (
         Normal((2,)).double(),

@@ -22,6 +22,7 @@ from pyroebm.core.compilation import Compiled
 from pyroebm.energies import Ising
 from pyroebm.kernels import (
     DMALA,
+    BlockGibbs,
     GibbsWithGradients,
     GradientKernel,
     Info,
@@ -433,7 +434,9 @@ def test_discrete_kernels_and_states_of_their_own_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    "inner", [Gibbs(), GibbsWithGradients(), DMALA(1.0)], ids=lambda k: type(k).__name__
+    "inner",
+    [Gibbs(), BlockGibbs(), GibbsWithGradients(), DMALA(1.0)],
+    ids=lambda k: type(k).__name__,
 )
 def test_the_discrete_kernels_of_the_library_inside(inner: Kernel[Any]) -> None:
     """Two wells of an Ising ring that one chain leaves once in thousands of sweeps: its

@@ -3,9 +3,11 @@ resumed equals uninterrupted."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from pyroebm import HMC, MALA, MCMC, NUTS, ChEES, Energy, ModelEnergy, open_run
 from pyroebm.core.compilation import CompiledGradient
+from pyroebm.core.files import FileError
 from pyroebm.core.serialization import from_text, pack, to_text, unpack
 from pyroebm.kernels import Kernel, LockstepNUTS
 from pyroebm.mcmc import chains as record
@@ -321,7 +324,7 @@ def test_the_sites_of_a_model_stream_under_their_names(tmp_path: Path) -> None:
 def test_a_folder_says_what_it_holds_and_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
         open_run(tmp_path)
-    with pytest.raises(ValueError, match="holds no state of chain batch 0"):
+    with pytest.raises(FileError, match="holds no run: start one"):
         driven(MALA()).resume(Stops(), tmp_path)
     half = driven(MALA(), warmup_steps=0, ranks=(0, 2))
     half.run(Stops(), store=tmp_path)
@@ -341,11 +344,13 @@ def test_ranks_may_begin_at_one_moment(tmp_path: Path, monkeypatch: pytest.Monke
     def meanwhile(source: Path, target: Path) -> None:
         seen.append(source.name)
         if len(seen) == 1:
-            second.begin(Layout(128, 64, (1, 2)), {"num_chains": 128})
+            with second.start(Layout(128, 64, (1, 2)), {"num_chains": 128}):
+                pass
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", meanwhile)
-    first.begin(Layout(128, 64, (0, 2)), {"num_chains": 128})
+    with first.start(Layout(128, 64, (0, 2)), {"num_chains": 128}):
+        pass
     assert len(set(seen)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
@@ -354,10 +359,7 @@ def test_a_part_that_cannot_be_read_is_named_and_not_left_out(tmp_path: Path) ->
     driven(MALA(0.5), warmup_steps=0).run(Stops(), store=tmp_path)
     part = next(tmp_path.glob("batch00001-draws-*.nc"))
     part.write_bytes(part.read_bytes()[:500])
-    with pytest.raises(
-        ValueError,
-        match=r"batch00001-draws-000000000.nc cannot be read, or lacks the group 'posterior'",
-    ):
+    with pytest.raises(FileError, match=r"batch00001-draws-000000000.nc: the file must be a compl"):
         open_run(tmp_path)
 
 
@@ -387,10 +389,11 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(
         monkeypatch.setattr(os, "replace", replace)
         again = short()
         if broken_at == 2:  # before the last block's first state was there
-            with pytest.raises(ValueError, match="holds no state of chain batch"):
+            with pytest.raises(FileError, match=r"no state of chain batch.*start it with run"):
                 again.resume(Stops(), folder)
-            continue
-        again.resume(Stops(), folder)
+            again.run(Stops(), store=folder)
+        else:
+            again.resume(Stops(), folder)
         assert_same(again, whole)
 
 
@@ -439,11 +442,11 @@ RANK = """
 """
 
 
-def start(script: str, *arguments: str) -> subprocess.Popen[bytes]:
+def start(script: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
 
 
 def test_a_killed_process_loses_no_draw_that_was_written(tmp_path: Path) -> None:
@@ -458,8 +461,121 @@ def test_a_killed_process_loses_no_draw_that_was_written(tmp_path: Path) -> None
         kept, whole.get_samples(group_by_chain=True)["x"][:, : kept.shape[1]]
     )
     again = driven(NUTS(), 4)
-    again.resume(Stops(), tmp_path)
+    with pytest.warns(RuntimeWarning, match=f"process {process.pid} .* is taken over"):
+        again.resume(Stops(), tmp_path)
     assert_same(again, whole)
+    assert not [*tmp_path.glob("*.lock"), *tmp_path.glob("*.part")]
+
+
+KILLED_AT_START = """
+    import os, signal, sys
+    from lib.counted import Stops, driven
+    from pyroebm import MALA
+    replace, left = os.replace, int(sys.argv[2])
+
+    def dies(*paths):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = dies
+    driven(MALA(0.5), 5, warmup_steps=0, num_samples=3, seed=None).run(Stops(), store=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("files", [0, 1, 2])
+def test_a_start_that_is_killed_is_started_again_as_the_message_says(
+    files: int, tmp_path: Path
+) -> None:
+    """Killed before ``run.json``, before the first state, and before that of the last batch."""
+    process = start(KILLED_AT_START, str(tmp_path), str(files))
+    assert process.wait(120) == -signal.SIGKILL
+    # another seed, as if none is given
+    again = driven(MALA(0.5), 5, warmup_steps=0, num_samples=3, seed=6)
+    with (
+        pytest.warns(RuntimeWarning, match="taken over") if files else contextlib.nullcontext(),
+        pytest.raises(FileError, match=r"start (one|it) with (MCMC.)?run"),
+    ):
+        again.resume(Stops(), tmp_path)
+    with contextlib.nullcontext() if files else pytest.warns(RuntimeWarning, match="taken over"):
+        again.run(Stops(), store=tmp_path)
+    whole = driven(MALA(0.5), 5, warmup_steps=0, num_samples=3, seed=6)
+    whole.run(Stops())
+    np.testing.assert_array_equal(
+        open_run(tmp_path).posterior["x"], whole.get_samples(group_by_chain=True)["x"]
+    )
+    with pytest.raises(FileError, match="holds a run already: continue it with resume"):
+        again.run(Stops(), store=tmp_path)
+
+
+def test_a_missing_or_foreign_part_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "CHECKPOINT_EVERY", 0.0)
+    short = {"warmup_steps": 0, "num_samples": 3}
+    for folder, seed in (("run", 5), ("other", 6)):
+        mcmc = driven(MALA(0.5), 3, **short, seed=seed)
+        mcmc.run(Stops(), store=tmp_path / folder)
+    parts = [f"batch00000-draws-{start:09}.nc" for start in range(3)]
+    for part in parts:
+        path = tmp_path / "run" / part
+        kept = path.read_bytes()
+        path.unlink()
+        for read in (
+            lambda: open_run(tmp_path / "run"),
+            lambda: driven(MALA(0.5), 3, **short).resume(Stops(), tmp_path / "run"),
+        ):
+            with pytest.raises(FileError, match="there is no such file, and") as caught:
+                read()
+            assert caught.value.path == path
+        for wrong in (tmp_path / "other" / part, tmp_path / "run" / parts[part == parts[0]]):
+            path.write_bytes(wrong.read_bytes())
+            with pytest.raises(FileError, match=r"it must be the part \{'seed': '5', 'batch': 0"):
+                open_run(tmp_path / "run")
+        path.write_bytes(kept)
+    assert open_run(tmp_path / "run").posterior["x"].shape == (3, 3, 2)
+
+
+def test_a_run_that_another_continued_is_not_continued_from_memory(tmp_path: Path) -> None:
+    first, second = (driven(MALA(0.5), 3, warmup_steps=0, num_samples=3) for _ in range(2))
+    first.run(Stops(), store=tmp_path)
+    second.resume(Stops(), tmp_path)
+    second.run_more(2)
+    with pytest.raises(FileError, match="another process continued this run"):
+        first.run_more(2)
+    assert open_run(tmp_path).posterior["x"].shape == (3, 5, 2)
+
+
+def test_a_run_in_progress_is_not_run_twice(tmp_path: Path) -> None:
+    """Neither by another object nor by another process, whose host, process and age are named."""
+    said = []
+
+    def again() -> None:
+        for call in ("run", "resume"):
+            with pytest.raises(FileError, match="in use by another object of this process"):
+                getattr(driven(MALA(0.5), 3), call)(Stops(), store=tmp_path)
+        script = """
+            import sys
+            from lib.counted import Stops, driven
+            from pyroebm import MALA
+            driven(MALA(0.5), 3).resume(Stops(), sys.argv[1])
+        """
+        process = start(script, str(tmp_path), stderr=subprocess.PIPE)
+        said.append(process.communicate(timeout=120)[1].decode())
+
+    driven(MALA(0.5), 3, warmup_steps=0).run(Stops(4, again), store=tmp_path)
+    assert f"in use by process {os.getpid()} on {socket.gethostname()}, since" in said[0]
+    driven(MALA(0.5), 3, warmup_steps=0).resume(Stops(), tmp_path)
+
+
+def test_folders_that_cannot_be_written_are_found_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    energy = Stops()
+    with pytest.raises(FileError, match="cannot be written"):
+        driven(MALA(0.5)).run(energy, store=tmp_path / "file" / "run")
+    assert energy.calls == -(10**9)
 
 
 def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:

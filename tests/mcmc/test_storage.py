@@ -10,7 +10,9 @@ from pyroebm.mcmc.storage import Store
 
 
 def test_draws_after_the_state_are_cut(tmp_path: Path) -> None:
-    _, part = Store(tmp_path, lambda x: {"x": x}).parts(0, 0)
+    store = Store(tmp_path, lambda x: {"x": x})
+    store.attributes = {"seed": "0"}
+    _, part = store.parts(0, 0)
     x = torch.arange(20.0).reshape(2, 10)
     for start in (0, 4, 7):
         stop = {0: 4, 4: 7, 7: 10}[start]

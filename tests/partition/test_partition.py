@@ -814,14 +814,14 @@ def test_mutant_numbers_of_draws_forgotten_in_the_bridge_is_caught() -> None:
         return 0.5 * x**2 - 0.5 * (x - 1.0) ** 2 + 3.0
 
     ahead, back = log_ratio(first).numpy(), log_ratio(second).numpy()
-    root, se = bridging._bennett(ahead, back, len(back))
+    root, se, _ = bridging._bennett(ahead, back, len(back))
     within_se(root, 3.0, se)
     again = [
         bridging._bennett(
             log_ratio(torch.randn(400, generator=generator, dtype=F64)).numpy(),
             log_ratio(1.0 + torch.randn(100, generator=generator, dtype=F64)).numpy(),
             100,
-        )
+        )[:2]
         for _ in range(400)
     ]
     roots, errors = torch.tensor(again, dtype=F64).unbind(1)
@@ -959,7 +959,7 @@ def test_the_text_of_an_estimate_says_what_its_error_leaves_out() -> None:
         " are not included)"
     )
     few = str(partition.LogZ(5.0, math.inf, "lower", "AIS", 1.0, weights))
-    assert few.startswith("log Z = 5.0000, error unknown because few weights dominate (AIS")
+    assert few.startswith("log Z = 5.0000, no standard error (AIS")
     assert "modes" not in str(partition.exact(ISING))
 
 

@@ -6,9 +6,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import signal  # noqa: F401 - this and the next are used by FAILS
+import socket  # noqa: F401
 import subprocess
 import sys
 import textwrap
+import time  # noqa: F401
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +232,117 @@ def test_one_process_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(exactly(), truth, rtol=0, atol=0)
     assert distributed.connected_ranks() == (0, 1)
     assert distributed.gather_bytes(b"abc") == [b"abc"]
+
+
+# --------------------------------------------------------------------------------------------------
+# One process fails
+
+#: What process 1 (or 0) does after step 3, and the reason with which the other one ends.
+FAILURES = {
+    "objective": "StepError: fit: at step 4 RuntimeError .* process 1: ValueError: no chain left",
+    "error": "ProcessError: process 1 failed: LookupError: no such image",
+    "error of the first": "ProcessError: process 0 failed: LookupError: no such image",
+    "break": "ProcessError: process 1 left the training before step 4, and this one goes on",
+    "leave": "ProcessError: process 1 left the group, and this one did not",
+    "kill": "ProcessError: another process has ended",
+    "stop": "ProcessError: process 1 gave no sign of life for 2 s: it is stopped",
+    "slow": "",
+}
+FAILS = """
+    import atexit, sys, traceback
+    sys.path[:0] = ["tests", "tests/training"]
+    import torch._dynamo, torch.distributed.nn  # once, before the processes are forked
+    from pyroebm.training import Trainer
+    from test_distributed import *
+
+    class Fails(ExactLikelihood):
+        calls = 0
+
+        def forward(self, energy, batch, *, generator=None):
+            self.calls += 1
+            if how == "objective" and rank == 1 and self.calls == 5:
+                raise ValueError("no chain left")
+            return super().forward(energy, batch, generator=generator)
+
+    def train():
+        with distributed.process_group(timeout=2.0) as (_, world):
+            trainer = Trainer(rbm(), Fails(), BITS, num_steps=9, batch_size=10)
+            for step in trainer.steps():
+                if step.number != 3 or rank != ("first" not in how):
+                    continue
+                if "error" in how:
+                    raise LookupError("no such image")
+                if how in ("kill", "stop"):
+                    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+                if how == "leave":
+                    trainer._leave = lambda: None
+                if how in ("break", "leave"):
+                    break
+                if how == "slow":
+                    time.sleep(5.0)
+
+    folder, processes = Path(sys.argv[1]), {}
+    for how in FAILURES:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(2):
+            processes[how, rank] = os.fork()
+            if not processes[how, rank]:
+                own = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {k: str(v) for k, v in own.items()}
+                file = os.open(folder / f"{how} {rank}", os.O_CREAT | os.O_WRONLY)
+                os.dup2(file, 2)
+                code = 0
+                try:
+                    train()
+                except Exception:
+                    traceback.print_exc()
+                    code = 1
+                # a forked process may wait for threads of its parent when it ends
+                atexit._run_exitfuncs()
+                os._exit(code)
+    ends, begin = {}, time.monotonic()
+    # one is stopped and never ends
+    while len(ends) < len(processes) - 1 and time.monotonic() < begin + 40.0:
+        for key, process in processes.items():
+            if key not in ends:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if done:
+                    ends[key] = os.waitstatus_to_exitcode(status), time.monotonic() - begin
+        time.sleep(0.1)
+    for key in processes.keys() - ends.keys():
+        os.kill(processes[key], signal.SIGKILL)
+    ends = [[how, rank, *end] for (how, rank), end in ends.items()]
+    (folder / "ends.json").write_text(json.dumps(ends))
+"""
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, int], Any]]:
+    """What two processes end with, one of which fails in each of several ways."""
+    folder = tmp_path_factory.mktemp("fails")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, "-c", textwrap.dedent(FAILS), str(folder)]
+    done = subprocess.run(
+        script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = json.loads((folder / "ends.json").read_text())
+    return folder, {(how, rank): end for how, rank, *end in ends}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_process_that_fails_ends_the_other_with_its_reason(how: str, failures: Any) -> None:
+    folder, ends = failures
+    survivor = int("first" in how)
+    said = (folder / f"{how} {survivor}").read_text()
+    assert (how, survivor) in ends, f"it never ended; {said}"
+    code, seconds = ends[how, survivor]
+    assert code == (how != "slow"), said
+    assert seconds < 30.0
+    assert re.search(FAILURES[how], said), said
+    assert ((how, 1 - survivor) in ends) == (how != "stop")
 
 
 def test_a_recipe_under_torchrun(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyroebm import Energy
+from pyroebm.core import FileError
 from pyroebm.data import bars_and_stripes
 from pyroebm.energies import BernoulliRBM, ClassifierEnergy, MLPEnergy
 from pyroebm.flows import NICE
@@ -35,7 +36,7 @@ from pyroebm.objectives import (
     Sparsity,
 )
 from pyroebm.targets import Gaussian
-from pyroebm.training import Batches, Step, fit, fit_steps, optimizers
+from pyroebm.training import Batches, Step, Trainer, fit, fit_steps, optimizers
 from pyroebm.training.checkpoint import Checkpoint, settings_of
 from pyroebm.training.optimizers import parameter_groups
 
@@ -438,7 +439,7 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
     assert [step.number for step in run] == [2, 3]
 
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="must be a file that fit wrote"):
+    with pytest.raises(FileError, match="must be a complete file written by pyroebm"):
         fit(rbm(), ContrastiveDivergence(), DATA, num_steps=6, resume=True, **options)
 
 
@@ -608,3 +609,41 @@ def test_a_checkpoint_knows_the_noise_of_its_contrast(noise: Any, tmp_path: Path
     run(1.0, 2)
     with pytest.raises(ValueError, match=r"(?s)settings of this training.*objective.\S* is "):
         run(2.0, 3)
+
+
+def test_files_that_cannot_be_written_are_found_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    calls = []
+
+    def objective(*_: Any, **__: Any) -> Any:
+        calls.append(None)
+
+    for options in (
+        {"checkpoint": tmp_path / "file" / "run"},
+        {"checkpoint": tmp_path},
+        {"log": tmp_path / "file" / "log"},
+        {"log": tmp_path / "log", "checkpoint": tmp_path / "file" / "run"},
+    ):
+        with pytest.raises(FileError, match="cannot be written"):
+            fit(rbm(), objective, DATA, num_steps=4, **options)
+    assert not calls
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_checkpoint_is_of_one_training_at_a_time(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"checkpoint": tmp_path / "run", "batch_size": 4, "num_steps": 6}
+    first = Trainer(rbm(), ContrastiveDivergence(), DATA, **options)
+    first.step()
+    first.save()
+    for resume in (False, True):
+        with pytest.raises(FileError, match=r"in use by another object of this process.*close"):
+            Trainer(rbm(), ContrastiveDivergence(), DATA, resume=resume, **options)
+    first.close()
+    with pytest.raises(ValueError, match="must be a new file"):
+        Trainer(rbm(), ContrastiveDivergence(), DATA, **options)
+    for _ in range(2):  # nor does an error leave it locked
+        run = fit_steps(rbm(), Exploding(), DATA, **options | {"checkpoint": tmp_path / "other"})
+        with pytest.raises(FloatingPointError):
+            list(run)
+    last(fit_steps(rbm(), ContrastiveDivergence(), DATA, resume=True, **options))
+    assert not list(tmp_path.glob("*.lock"))

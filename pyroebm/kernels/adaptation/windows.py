@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyroebm.core.energy import Energy
+from pyroebm.core.supports import circular
 from pyroebm.kernels.adaptation.covariance import PooledCovariance, PooledDraws, PooledVariance
 from pyroebm.kernels.adaptation.step_size import (
     DualAveraging,
@@ -314,14 +316,14 @@ class WindowAdaptation:
         tuning, pooled, together, moved, rates, step = adaptation_state
         if moved is None or rates is None or together is None:
             return kernel, adaptation_state._replace(step=step + taken.number)
-        plan = windows(num_steps)
+        plan, periodic = windows(num_steps), energy.angle_mask
         # Update step by step: the result must not depend on how many steps arrive at once.
         for i in range(taken.number):
             rates = rates + taken.info.acceptance_rate[i]
             moved = moved | taken.info.accepted[i]
             if pooled is not None and any(start <= step < stop for start, stop in plan):
                 grad: Any = None if taken.grad is None else rows(taken.grad[i])
-                pooled = pooled.update(rows(taken.x[i]), grad, moved)
+                pooled = pooled.update(_on_circle(rows(taken.x[i]), periodic), grad, moved)
             step += 1
         adaptation_state = Warmup(tuning, pooled, together, moved, rates, step)
         state = taken.last
@@ -571,3 +573,8 @@ def warmup(
         )
         after_step()
     return kernel, state
+
+
+def _on_circle(x: Tensor, periodic: Tensor | None) -> Tensor:
+    """Wrap the angles of states ``(chains, dim)``; on the real line they diffuse without end."""
+    return x if periodic is None else torch.where(periodic, biject_to(circular)(x), x)
