@@ -664,10 +664,8 @@ def file_checksum(path: Path) -> str:
     Raises:
         FileError: if it cannot be read.
     """
-    try:
+    with reading(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise FileError(path, f"the file cannot be read: {error}") from error
 
 
 def write_groups(

@@ -7,16 +7,13 @@ missing one, or a value of another type, raises an error that names it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import types
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from pyroebm.core.files import FileError, read_json, write_json
+from pyroebm.core.files import FileError, read_settings, reading, write_settings
 from pyroebm.core.statistics import Estimate, Kind
 
 __all__ = ["Card", "Check", "Data", "Metric", "Training", "card_markdown", "read_card"]
@@ -204,17 +201,12 @@ class Card:
         return self.log_z[0].value if self.log_z[0].kind == "exact" else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the card as JSON values, with a checksum of them."""
-        content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
-        return {**content, "checksum": _checksum(content)}
+        """Return the card as a dictionary for JSON."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
     def write(self, path: Path) -> None:
-        """Write the card as JSON."""
-        write_json(path, self.to_dict(), indent=2)
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Write the card as JSON, with a checksum."""
+        write_settings(path, self.to_dict())
 
 
 def read_card(path: Path, key: str | None = None) -> Card:
@@ -227,21 +219,13 @@ def read_card(path: Path, key: str | None = None) -> Card:
     Raises:
         FileError: if the file is missing or damaged, or if a field is unknown, missing or wrong.
     """
-    try:
-        content = read_json(path)
+    with reading(path):
+        content = read_settings(path)
         content = dict(content if key is None else content[key])
-        stored = content.pop("checksum")
-        if stored != _checksum(content):
-            raise FileError(path, "the file is damaged: its checksum does not match its content")
         if (found := content.pop("format")) != FORMAT:
             raise FileError(path, f"the card must have format {FORMAT}, got format {found}")
-        return _parsed(Card, content, "card")
-    except FileError:
-        raise
-    except FileNotFoundError as error:
-        raise FileError(path, "there is no such file") from error
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FileError(path, f"the card cannot be read: {error!r}") from error
+        card: Card = _parsed(Card, content, "card")
+        return card
 
 
 def _parsed(kind: Any, value: Any, where: str) -> Any:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pyroebm.core.files import copy_file, write_json, write_text
+from pyroebm.core.files import copy_file, write_settings, write_text
 from pyroebm.zoo.cards import Card, card_markdown
 from pyroebm.zoo.registry import CONFIG, CONFIG_KEY, card, checked_file
 
@@ -50,7 +50,7 @@ def export(name: str | Path, folder: str | Path) -> Path:
         "architectures": [found.model],
         CONFIG_KEY: found.to_dict(),
     }
-    write_json(target / CONFIG, config, indent=2)
+    write_settings(target / CONFIG, config)
     write_text(target / "README.md", _front_matter(found) + card_markdown(found))
     return target
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib.metadata
-import zipfile
-import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pyroebm.core.energy import Energy, View
-from pyroebm.core.files import FileError, file_checksum, read_arrays
+from pyroebm.core.files import FileError, file_checksum, read_arrays, reading
 from pyroebm.core.saving import load as load_module
 from pyroebm.flows.density import FlowEnergy
 from pyroebm.flows.flow import Flow
@@ -177,11 +175,9 @@ def reference_draws(name: str | Path) -> Tensor:
         torch.Size([10, 1000, 64])
     """
     path = checked_file(name, REFERENCE)
-    try:
+    with reading(path):
         arrays, _ = read_arrays(path, ("draws",))
         draws = torch.from_numpy(arrays["draws"]).double()
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise FileError(path, f"the draws cannot be read: {error!r}") from error
     shape = card(name).event_shape
     if tuple(draws.shape[2:]) != shape:
         raise FileError(

@@ -18,7 +18,7 @@ from lib.checks import within_se
 
 from pyroebm import Energy, zoo
 from pyroebm.cli import main
-from pyroebm.core.files import FileError, file_checksum
+from pyroebm.core.files import FileError, file_checksum, read_settings, write_settings
 from pyroebm.core.saving import save
 from pyroebm.energies import BernoulliRBM
 from pyroebm.partition import exact, quadrature
@@ -214,13 +214,9 @@ def test_another_density_under_the_same_name_is_found(tmp_path: Path) -> None:
 
 def rewritten(folder: Path, change: Any) -> None:
     """Change the fields of a card, with the checksum of the changed card."""
-    from pyroebm.zoo.cards import _checksum
-
-    content = json.loads((folder / "card.json").read_text())
-    del content["checksum"]
+    content = read_settings(folder / "card.json")
     change(content)
-    content["checksum"] = _checksum(content)
-    (folder / "card.json").write_text(json.dumps(content))
+    write_settings(folder / "card.json", content)
 
 
 @pytest.mark.parametrize(
