@@ -58,8 +58,26 @@ def gamma_poisson(y: Tensor) -> None:
     pyro.sample("y", dist.Poisson(rate).expand([4]).to_event(1), obs=y)
 
 
-def correlated(y: Tensor) -> None:
-    cholesky = pyro.sample("cholesky", dist.LKJCholesky(3, 1.0))
+class LKJ(dist.LKJCholesky):
+    """torch's distribution with right draws: in dimension 3 and above torch's are biased (up to
+    version 2.13 at least). The square norm of row i is Beta(i / 2, ...), and torch takes i - 1/2."""
+
+    power = 0.5
+
+    def __init__(self, dim: int, concentration: float) -> None:
+        super().__init__(dim, concentration)
+        row = torch.arange(dim - 1.0)
+        row = torch.cat([row.new_zeros(1), row])
+        first = self.power * row + 0.5
+        self._beta = dist.Beta(first, concentration + 0.5 * (dim - 2) - 0.5 * row)
+
+
+class TorchLKJ(LKJ):
+    power = 1.0
+
+
+def correlated(y: Tensor, prior: type[LKJ] = LKJ) -> None:
+    cholesky = pyro.sample("cholesky", prior(3, 2.0))
     shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
     pyro.sample("count", dist.Multinomial(10, shares), obs=torch.zeros(3))
     with pyro.plate("data", len(y)):
@@ -127,6 +145,12 @@ def with_jacobian(y: Tensor) -> None:
 def test_a_model_without_its_jacobian_fails() -> None:
     assert small(without_jacobian, torch.zeros(2), num_simulations=500).test().p_value < LEVEL
     assert small(with_jacobian, torch.zeros(2), num_simulations=500).test().p_value > LEVEL
+
+
+def test_biased_draws_of_a_prior_fail() -> None:
+    found = small(correlated, torch.zeros(6, 3), TorchLKJ, num_simulations=500).test()
+    assert found.p_value < LEVEL
+    assert found.worst == "cholesky[2, 2]"
 
 
 class Cold(LockstepNUTS):
