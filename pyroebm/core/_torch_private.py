@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = [
     "BatchNorm",
     "BoundedAllocation",
+    "BoundedResults",
     "FixedShapes",
     "SpectralNorm",
     "TraceInputsOnly",
@@ -171,6 +172,31 @@ class BoundedAllocation(TorchDispatchMode):
             raise ValueError(
                 "the constructors of the file's modules allocate more than its tensors account for"
             )
+
+
+class BoundedResults(TorchDispatchMode):
+    """Dispatch mode in which no operation may broadcast its arguments to a large tensor.
+
+    Args:
+        entries: maximum number of entries of the broadcast arguments.
+
+    Raises:
+        MemoryError: before such an operation; the message has its shape.
+    """
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries = entries
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        indexed = func.overloadpacket in FixedShapes.INDEXING
+        leaves = tree_leaves(args[1] if indexed else (args, kwargs))
+        with contextlib.suppress(RuntimeError):  # not an operation that broadcasts
+            shape = torch.broadcast_shapes(*(t.shape for t in leaves if isinstance(t, Tensor)))
+            if shape.numel() > self.entries:
+                raise MemoryError(f"a tensor of shape {tuple(shape)}, {shape.numel():,} entries,")
+        return func(*args, **kwargs)
 
 
 def storage_of(tensor: Tensor) -> int:

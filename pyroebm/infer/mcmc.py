@@ -1,112 +1,47 @@
-"""MCMC with Pyro's arguments."""
+"""MCMC with Pyro's arguments and results."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal
 
-import pyro
-import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
-from pyro.infer.mcmc.api import AbstractMCMC
-from pyro.infer.mcmc.util import diagnostics as pyro_diagnostics
-from pyro.infer.mcmc.util import print_summary, select_samples
+import pyro.infer.mcmc.api
 from torch import Tensor
 
-from pyroebm.core.rng import seeded_generator
-from pyroebm.core.rowwise import RowwiseEnergy
 from pyroebm.diagnostics.arviz_data import to_arviz
 from pyroebm.diagnostics.convergence import Diagnosis
 from pyroebm.diagnostics.stuck import describe_stuck
-from pyroebm.infer.kernels import HMC, NUTS, Settings
-from pyroebm.kernels.base import ContinuousKernel
-from pyroebm.mcmc import sampler as mcmc
-from pyroebm.ppl.model import ModelEnergy
+from pyroebm.infer.driver import Driver, Vectorized, is_vectorized
+from pyroebm.infer.kernels import HMC
 
 __all__ = ["MCMC"]
 
 
-class PotentialEnergy(RowwiseEnergy):
-    """A ``potential_fn`` of Pyro as an energy over all chains.
+class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):  # type: ignore[misc]
+    """``pyro.infer.MCMC`` that moves all chains of :class:`NUTS` and :class:`HMC` as one batch.
 
-    Pyro's function maps a dict of unconstrained tensors of one chain to a scalar.
+    It is a subclass of Pyro's class, whose results it has: ``get_samples``, ``diagnostics``,
+    ``summary``. ``pyro.set_rng_seed`` determines a run, unless ``seed`` is given. Ctrl-C and an
+    exception of ``hook_fn`` are raised by :meth:`run` as in Pyro; the draws that all chains have
+    finished are kept.
 
-    Args:
-        potential_fn: the potential.
-        params: starting values, with a leading chain axis, which define names and shapes.
-        transforms: maps from a site's own space to the unconstrained one, applied to the draws
-            only.
-    """
-
-    def __init__(
-        self,
-        potential_fn: Callable[..., Tensor],
-        params: Mapping[str, Tensor],
-        transforms: Mapping[str, Any],
-    ) -> None:
-        super().__init__(
-            {name: value.shape[1:] for name, value in params.items()}, next(iter(params.values()))
-        )
-        self.potential, self.transforms = potential_fn, transforms
-        first = self.join(params)[0].detach()
-        self.batch_by(torch.stack([first, 0.9 * first + 0.1]))
-
-    def row_energy(self, u: Tensor) -> Tensor:
-        """Compute the energy of one chain."""
-        with pyro.validation_enabled(False):
-            return self.potential(self.split(u))
-
-    def _name(self) -> str:
-        return "the potential_fn"
-
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
-        """Split states into sites in their own spaces."""
-        parts = self.split(x)
-        return {
-            name: self.transforms[name].inv(part) if name in self.transforms else part
-            for name, part in parts.items()
-        }
-
-
-class _Hooked(mcmc.MCMC):
-    """The library's driver, with a function called after each step."""
-
-    after_step: Callable[[str, int], None] | None = None
-
-    @property
-    def _single_steps(self) -> bool:
-        return self.after_step is not None
-
-    def step_size(self) -> float:
-        """Return the current step size: the median over chains."""
-        return float(torch.as_tensor(cast(ContinuousKernel[Any], self.kernel).step_size).median())
-
-    def _after_turn(self, label: str, turn: int) -> None:
-        super()._after_turn(label, turn)
-        if self.after_step is not None:
-            self.after_step("Warmup" if label == "warm-up" else "Sample", turn)
-
-
-class MCMC(AbstractMCMC):
-    """Run NUTS or HMC with the arguments of ``pyro.infer.MCMC``; all chains are one batch.
-
-    ``pyro.set_rng_seed`` determines the run: its seed is drawn from torch's default generator.
-    Ctrl-C keeps the draws that all chains have finished. To continue a run, or to stream draws to a
-    folder, run :class:`pyroebm.ModelEnergy` with :class:`pyroebm.MCMC`.
+    Other kernels of Pyro (``RandomWalkKernel``, a subclass of NUTS with a ``setup`` or ``sample``
+    of its own) are run by Pyro's driver.
 
     Args:
-        kernel: :class:`NUTS` or :class:`HMC` of this module.
+        kernel: :class:`NUTS` or :class:`HMC` of this module, or another kernel of Pyro.
         num_samples: number of draws of each chain.
         warmup_steps: number of warm-up steps, whose draws are not kept; None uses ``num_samples``.
         initial_params: starting values in unconstrained coordinates, with a leading chain axis if
             ``num_chains`` > 1.
         num_chains: number of chains.
-        hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each step, with unconstrained
-            values (with a leading chain axis if ``num_chains`` > 1), the stage ``"Warmup"`` or
-            ``"Sample"``, and the number of the step in the stage.
-        mp_context: ignored.
+        hook_fn: called as ``hook_fn(kernel, params, stage, i)`` for each chain after each step,
+            with its unconstrained values, the stage ``"Warmup"`` or ``"Sample"`` (with several
+            chains ``"Warmup [0]"``, the number of the chain), and the number of the step in the
+            stage. If it changes a value in place, the chain continues from the changed value, and
+            the draw is that value.
+        mp_context: ignored, for kernels of this module.
         disable_progbar: do not show the progress bar, which otherwise appears after a second in a
             terminal, a notebook or a log file.
         disable_validation: run the model without validation of its distributions' arguments; False
@@ -114,6 +49,9 @@ class MCMC(AbstractMCMC):
             evaluated without validation.
         transforms: as those of the kernel, which they replace.
         save_params: names of the sites to keep; None keeps all.
+        seed: seed of the run, which then does not depend on torch's default generator.
+        compile: whether to compile the gradient, as for :class:`pyroebm.MCMC`.
+        store: a folder to stream the draws to; :func:`pyroebm.open_run` opens it.
 
     Raises:
         ValueError: if an argument has the wrong kind; if ``potential_fn`` is given without
@@ -121,6 +59,8 @@ class MCMC(AbstractMCMC):
 
     Example:
         >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyroebm.infer import NUTS
         >>> def model(y):
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(mean, 1.0).expand([3]).to_event(1), obs=y)
@@ -133,7 +73,7 @@ class MCMC(AbstractMCMC):
 
     def __init__(
         self,
-        kernel: NUTS | HMC,
+        kernel: HMC | Any,
         num_samples: int,
         warmup_steps: int | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
@@ -144,57 +84,41 @@ class MCMC(AbstractMCMC):
         disable_validation: bool | None = True,
         transforms: Mapping[str, Any] | None = None,
         save_params: Sequence[str] | None = None,
+        *,
+        seed: int | None = None,
+        compile: bool | Literal["auto"] = "auto",
+        store: str | Path | None = None,
     ) -> None:
-        if not isinstance(kernel, Settings):
-            raise ValueError(
-                "kernel must be a NUTS or HMC of pyroebm.infer, got"
-                f" {type(kernel).__module__}.{type(kernel).__name__}"
+        self._check_kernel(kernel, seed=seed, compile=compile, store=store)
+        if not is_vectorized(kernel):
+            super().__init__(
+                kernel,
+                num_samples,
+                warmup_steps,
+                initial_params,
+                num_chains,
+                hook_fn,
+                mp_context,
+                disable_progbar,
+                disable_validation,
+                transforms,
+                save_params,
             )
-        if kernel.potential_fn is not None and not initial_params:
-            raise ValueError(
-                "potential_fn requires initial_params, a dict of starting values, for the names and"
-                f" shapes of its sites, got initial_params={initial_params}"
-            )
-        if initial_params and num_chains == 1:
-            initial_params = {name: value.unsqueeze(0) for name, value in initial_params.items()}
-        if any(
-            value.dim() == 0 or len(value) != num_chains
-            for value in (initial_params or {}).values()
-        ):
-            shapes = {name: tuple(value.shape) for name, value in (initial_params or {}).items()}
-            raise ValueError(
-                f"initial_params must have a leading axis of num_chains={num_chains}, got shapes"
-                f" {shapes}"
-            )
-        super().__init__(
-            kernel, num_chains, kernel.transforms if transforms is None else transforms
-        )
-        self.num_samples, self.warmup_steps = (
+            return
+        # not that of Pyro's MCMC, which starts processes
+        pyro.infer.mcmc.api.AbstractMCMC.__init__(self, kernel, num_chains, transforms)
+        self._configure(
             num_samples,
-            num_samples if warmup_steps is None else warmup_steps,
-        )
-        self.initial_params = initial_params
-        self.hook_fn = hook_fn
-        self.save_params = save_params
-        self.progress, self.disable_validation = (
-            False if disable_progbar else None,
+            warmup_steps,
+            initial_params,
+            hook_fn,
+            disable_progbar,
             disable_validation,
-        )
-        self._driver()  # checks the counts here instead of in run
-        self._run: _Hooked | None = None
-        self._samples: dict[str, Tensor] = {}
-
-    def _driver(self, seed: int = 0) -> _Hooked:
-        return _Hooked(
-            self.kernel.build(),
-            self.num_samples,
-            self.warmup_steps,
-            self.num_chains,
-            seed=seed,
-            adaptation=self.kernel.adaptation,
-            save_warmup=False,
-            progress=self.progress,
-            chain_batch_size=self.num_chains,
+            save_params,
+            seed,
+            compile,
+            "draws",
+            store,
         )
 
     def run(self, *args: Any, **kwargs: Any) -> None:
@@ -204,61 +128,32 @@ class MCMC(AbstractMCMC):
             *args: arguments of the model.
             **kwargs: keyword arguments of the model.
         """
-        seed, start = torch.randint(2**63 - 1, (2,)).tolist()
-        off = self.disable_validation
-        with contextlib.nullcontext() if off is None else pyro.validation_enabled(not off):
-            energy = self._energy(*args, **kwargs)
-            run, initial = (
-                self._driver(seed),
-                self._initial(energy, seeded_generator(start, energy.device)),
-            )
-            if self.hook_fn is not None:
-                run.after_step = functools.partial(self._call_hook, self.hook_fn, run, energy)
-            run.run(energy, initial)
+        if is_vectorized(self.kernel):
+            self._sample(args, kwargs)
+        else:
+            super().run(*args, **kwargs)
+
+    def run_more(self, num_samples: int) -> None:
+        """Continue the chains of the last run for more draws: the same as one longer run.
+
+        Args:
+            num_samples: number of further draws of each chain.
+        """
+        run = self._ours()
+        with self._validation():
+            self._finish(run, lambda: run.run_more(num_samples))
+
+    def _collect(self, run: Driver) -> None:
         samples = run.get_samples(group_by_chain=True)
-        if unknown := set(self.save_params or ()) - set(samples):
-            raise ValueError(
-                f"save_params must name sites of {sorted(samples)}, got {sorted(unknown)}"
-            )
-        self._run, self.kernel.step_size = run, run.step_size()
-        self._samples = {name: samples[name] for name in self.save_params or samples}
-
-    def _call_hook(
-        self, hook: Callable[..., Any], run: _Hooked, energy: RowwiseEnergy, stage: str, i: int
-    ) -> None:
-        self.kernel.step_size = run.step_size()
-        hook(
-            self.kernel,
-            energy.split(run.state.x if self.num_chains > 1 else run.state.x[0]),
-            stage,
-            i,
-        )
-
-    def _energy(self, *args: Any, **kwargs: Any) -> RowwiseEnergy:
-        if self.kernel.potential_fn is not None:
-            return PotentialEnergy(
-                self.kernel.potential_fn, self.initial_params or {}, self.transforms or {}
-            )
-        return ModelEnergy(self.kernel.model, *args, **kwargs)
-
-    def _initial(self, energy: RowwiseEnergy, generator: torch.Generator) -> Tensor | None:
-        if isinstance(energy, ModelEnergy) and not self.initial_params:
-            strategy = self.kernel.init_strategy
-            return (
-                None
-                if strategy is init_to_uniform
-                else energy.initial(self.num_chains, generator, strategy)
-            )
-        given, known = self.initial_params or {}, self.transforms or {}
-        if isinstance(energy, ModelEnergy) and known:
-            own = energy.constrain(energy.join(given))
-            return energy.unconstrain(
-                {
-                    name: known[name].inv(given[name]) if name in known else own[name]
-                    for name in given
-                }
-            )
-        return energy.join(given)
+        self._samples = {name: samples[name] for name in self.save_params or sorted(samples)}
+        stats = run.get_stats()
+        self._diagnostics = [
+            {
+                "divergences": diverging.nonzero().flatten().tolist(),
+                "acceptance rate": float(rates.mean()),
+            }
+            for diverging, rates in zip(stats["diverging"], stats["acceptance_rate"], strict=True)
+        ]
 
     def get_samples(
         self, num_samples: int | None = None, group_by_chain: bool = False
@@ -269,31 +164,21 @@ class MCMC(AbstractMCMC):
             num_samples: number of draws, resampled with replacement; None returns all.
             group_by_chain: keep the chain axis.
         """
-        self._finished()
-        samples: dict[str, Tensor] = select_samples(self._samples, num_samples, group_by_chain)
+        self._check_drawn()
+        samples: dict[str, Tensor] = super().get_samples(num_samples, group_by_chain)
         return samples
 
     def get_stats(self) -> dict[str, Tensor]:
         """Return statistics of each draw, as :meth:`pyroebm.MCMC.get_stats`."""
-        return self._finished().get_stats()
+        return self._ours().get_stats()
 
     def diagnostics(self) -> dict[str, Any]:
         """Return effective sample size and R-hat of each site, and divergences, as Pyro does.
 
         Divergences and acceptance rates are given for each chain.
         """
-        stats, chains = self.get_stats(), [f"chain {c}" for c in range(self.num_chains)]
-        return {
-            **pyro_diagnostics(self._samples),
-            "divergences": {
-                name: row.nonzero().flatten().tolist()
-                for name, row in zip(chains, stats["diverging"], strict=True)
-            },
-            "acceptance rate": {
-                name: float(row.mean())
-                for name, row in zip(chains, stats["acceptance_rate"], strict=True)
-            },
-        }
+        self._check_drawn()
+        return self._named_diagnostics(super().diagnostics())
 
     def summary(self, prob: float = 0.9) -> None:
         """Print Pyro's summary table of each site, and the number of divergences.
@@ -301,19 +186,19 @@ class MCMC(AbstractMCMC):
         Args:
             prob: mass of the interval.
         """
-        divergences = int(self.get_stats()["diverging"].sum())
-        print_summary(self._samples, prob=prob)
-        print(f"Number of divergences: {divergences}")
-        if message := describe_stuck(
-            self._finished().stuck_chains(), self.num_chains, self._finished().state.energy
+        self._check_drawn()
+        super().summary(prob)
+        run = self._run
+        if run is not None and (
+            message := describe_stuck(run.stuck_chains(), self.num_chains, run.state.energy)
         ):
             print(message)
 
     def to_arviz(self) -> Any:
         """Convert draws and statistics to ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
-        run = self._finished()
+        run = self._ours()
         attributes = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
-        return to_arviz(self._samples, run.get_stats(), attrs=attributes)
+        return to_arviz(self._samples or {}, run.get_stats(), attrs=attributes)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
@@ -322,9 +207,17 @@ class MCMC(AbstractMCMC):
             max_r_hat: threshold of R-hat.
             min_ess: threshold of the effective sample size.
         """
-        return self._finished().diagnose(max_r_hat, min_ess)
+        return self._ours().diagnose(max_r_hat, min_ess)
 
-    def _finished(self) -> _Hooked:
-        if self._run is None:
+    def _check_drawn(self) -> None:
+        if self._samples is None:
             raise ValueError("there are no draws: call run(...) first")
+
+    def _ours(self) -> Driver:
+        self._check_drawn()
+        if self._run is None:
+            raise ValueError(
+                "this needs draws of NUTS or HMC of pyroebm.infer for a model with latent"
+                f" variables, got draws of {type(self.kernel).__name__} without a record"
+            )
         return self._run

@@ -103,6 +103,11 @@ class Record:
             self._stats[name][self.filled : stop] = value
         self.x[self.filled : stop] = x
 
+    def replace_last(self, x: Tensor, energy: Tensor) -> None:
+        """Replace the latest draw of every chain in memory, and its ``lp``."""
+        self.x[self.filled - 1] = x
+        self._stats["lp"][self.filled - 1] = -energy
+
     def flush(self) -> None:
         """Write the valid slots to the part."""
         if self.part is not None and self.filled:
@@ -328,9 +333,9 @@ class ChainBatch:
         #: number of draws in which each chain moved
         self.moves = torch.zeros(len(start), dtype=torch.long, device=start.device)
         self.named, self.moments = named, dict[str, StreamingMoments]()
-        #: for the progress bar: number of divergent steps, and latest acceptance rates
+        #: number of divergent steps, for the progress bar
         self.divergences = torch.zeros((), dtype=torch.long, device=start.device)
-        self.acceptance = torch.zeros_like(self.state.energy)
+        self.info: Info | None = None  #: report of the latest step
 
     def warm_up(self, most: int = 1) -> int:
         """Run warm-up steps: one, or as many as all asynchronous chains have finished.
@@ -368,6 +373,7 @@ class ChainBatch:
             if plan.save_warmup:
                 self.warmup.write(taken.x, taken.energy, taken.info)
             divergences = self.divergences + taken.info.diverging.sum()
+            info = taken.report(-1)
             number = taken.number
             chains = self._chains if number < free else None
         except BaseException:
@@ -381,7 +387,7 @@ class ChainBatch:
         self.adaptation_state = adaptation_state
         self._chains = chains
         self.divergences = divergences
-        self.acceptance = taken.info.acceptance_rate
+        self.info = info
         self.warm_left -= number
         self.warmup.filled += number * plan.save_warmup
         return number
@@ -465,6 +471,7 @@ class ChainBatch:
             path = torch.cat([self.state.x.unsqueeze(0), taken.x])
             moves = self.moves + (path[1:] != path[:-1]).unsqueeze(2).flatten(2).any(2).sum(0)
             divergences = self.divergences + taken.info.diverging.sum()
+            info = taken.report(-1)
             number = taken.number
             chains = self._chains if self.count + number < goal else None
         except BaseException:
@@ -476,7 +483,7 @@ class ChainBatch:
         self.moves = moves
         self._chains = chains
         self.divergences = divergences
-        self.acceptance = taken.info.acceptance_rate
+        self.info = info
         self.count += number
         self.record.filled += number * (self.named is None)
         return number
@@ -502,6 +509,14 @@ class ChainBatch:
         self.warmup.reserve(self.warmup.count + self.warm_left * self.plan.save_warmup)
         if self.named is None:
             self.record.reserve(num_draws)
+
+    def move(self, x: Tensor) -> None:
+        """Replace the current positions, and the latest draws, by ``x`` ``(chains, *event)``."""
+        self.state = self.kernel.init(self.target, x, self.generator)
+        self._chains = None
+        record = self.record if self.count else self.warmup
+        if record.filled:
+            record.replace_last(x, self.state.energy)
 
     def refresh(self) -> None:
         """Recompute the energies: the target may have been trained since."""

@@ -576,7 +576,9 @@ class MCMC(AbstractMCMC):
         ):
             shown.note(
                 divergences=lambda: int(sum(batch.divergences for batch in self._batches)),
-                acceptance=lambda: _mean_of([batch.acceptance for batch in self._batches]),
+                acceptance=lambda: _mean_of(
+                    [batch.info.acceptance_rate for batch in self._batches if batch.info]
+                ),
             )
             while behind:
                 for batch, number in zip(behind, each(step, behind), strict=True):

@@ -13,7 +13,7 @@ from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.wrappers import PotentialFn, eval_mode, unconstrain
 from pyroebm.kernels.adaptation.starts import draw_starts
 from pyroebm.kernels.adaptation.windows import Adaptation, resolve, warmup_step
-from pyroebm.kernels.base import Kernel, check_kernel
+from pyroebm.kernels.base import Info, Kernel, check_kernel
 
 __all__ = ["PyroKernel"]
 
@@ -68,20 +68,44 @@ class PyroKernel(MCMCKernel):
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Draw an initial state and start a chain."""
-        self.kernel = self.start_kernel
-        self.warmup_steps = warmup_steps
-        self._step = 0
-        self._acceptance, self._divergences = 0.0, list[int]()
         device = self.target.device
         self._generator = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
         with eval_mode(self.target):
-            adapts = self.adaptation is not None and warmup_steps > 0
             if self._initial is None:
-                u = draw_starts(self.kernel, self.target, 1, self._generator, adapts)
+                adapts = self.adaptation is not None and warmup_steps > 0
+                u = draw_starts(self.start_kernel, self.target, 1, self._generator, adapts)
             else:
                 u = self._initial.unsqueeze(0)
-            self._state = self.kernel.init(self.target, u, self._generator)
-            self._adaptation_state: Any = None
+            state = self.start_kernel.init(self.target, u, self._generator)
+        self.begin(warmup_steps, state)
+        self._adaptation_state: Any = None
+
+    def begin(self, warmup_steps: int, state: Any) -> None:
+        """Start a record of a chain at ``state``, a state of one chain, before its warm-up."""
+        self.kernel = self.start_kernel
+        self.warmup_steps = warmup_steps
+        self.state: Any = state
+        self._step, self._acceptance, self._divergences = 0, 0.0, list[int]()
+
+    def follow(self, kernel: Kernel[Any], state: Any, info: Info) -> None:
+        """Record a step: one of :meth:`sample`, or of a driver that moves many chains.
+
+        Args:
+            kernel: the kernel of the next step.
+            state: the state after the step, of one chain.
+            info: the report of the step, of one chain.
+        """
+        if self._step == self.warmup_steps:
+            self._acceptance = 0.0  # the rate is that of the draws from here on
+        self.kernel, self.state = kernel, state
+        self._acceptance += float(info.acceptance_rate)
+        if self._step >= self.warmup_steps and bool(info.diverging):
+            self._divergences.append(self._step - self.warmup_steps)
+        self._step += 1
+
+    def refresh(self) -> None:
+        """Evaluate the energy and its gradient at the current state again."""
+        self.state = self.kernel.refresh(self.target, self.state)
 
     def cleanup(self) -> None:
         """Forget the initial state."""
@@ -90,49 +114,48 @@ class PyroKernel(MCMCKernel):
     @property
     def initial_params(self) -> dict[str, Tensor]:
         """The state at which the chain starts, in unconstrained coordinates."""
-        return {self.site: self._state.x[0]}
+        return {self.site: self.state.x[0].clone()}
 
     @initial_params.setter
     def initial_params(self, params: dict[str, Tensor]) -> None:
         self._initial = params[self.site].detach()
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take a step from ``params``, in unconstrained coordinates."""
-        with eval_mode(self.target):  # the adaptation evaluates the energy too
-            return self._sample(params)
+        """Take a step from ``params``, in unconstrained coordinates.
 
-    def _sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not torch.equal(params[self.site], self._state.x[0]):  # the caller changed the state
-            self._state = self.kernel.init(
-                self.target, params[self.site].detach().unsqueeze(0), self._generator
-            )
-        if self._step < self.warmup_steps:
-            self.kernel, self._state, info, self._adaptation_state = warmup_step(
+        The energy and the gradient at ``params`` are those of the step before, unless ``params`` is
+        another state than it returned.
+        """
+        u = params[self.site].detach().unsqueeze(0)
+        with eval_mode(self.target):  # the adaptation evaluates the energy too
+            if not torch.equal(u, self.state.x):
+                self.state = self.kernel.init(self.target, u, self._generator)
+            warms = self._step < self.warmup_steps
+            kernel, state, info, self._adaptation_state = warmup_step(
                 self.kernel,
                 self.target,
-                self._state,
+                self.state,
                 self._adaptation_state,
                 self.warmup_steps,
-                self.adaptation,
+                self.adaptation if warms else None,
                 self._generator,
             )
-        else:
-            self._state, info = self.kernel.step(self.target, self._state, self._generator)
-        if self._step >= self.warmup_steps:
-            self._acceptance += float(info.acceptance_rate)
-            if bool(info.diverging):
-                self._divergences.append(self._step - self.warmup_steps)
-        self._step += 1
-        return {self.site: self._state.x[0]}
+        self.follow(kernel, state, info)
+        # a copy, since the caller may change it in place
+        return {self.site: state.x[0].clone()}
 
     def _acceptance_rate(self) -> float:
-        return self._acceptance / max(self._step - self.warmup_steps, 1)
+        warms = self._step <= self.warmup_steps
+        return self._acceptance / max(self._step - (0 if warms else self.warmup_steps), 1)
 
     def logging(self) -> OrderedDict[str, str]:
-        """Return the acceptance rate and the step size, for the progress bar."""
-        entries = OrderedDict([("acc. prob", f"{self._acceptance_rate():.3f}")])
+        """Return the step size, and the acceptance rate since the start of the warm-up or of the
+        draws, for the progress bar.
+        """
+        entries = OrderedDict[str, str]()
         if (size := self.kernel.step_size) is not None:
             entries["step size"] = f"{float(torch.as_tensor(size).mean()):.2e}"
+        entries["acc. prob"] = f"{self._acceptance_rate():.3f}"
         return entries
 
     def diagnostics(self) -> dict[str, Any]:

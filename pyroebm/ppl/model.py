@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
+from pyro.util import check_site_shape
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from pyroebm.core._torch_private import tree_leaves
+from pyroebm.core._torch_private import BoundedResults, tree_leaves
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, uniform
 from pyroebm.core.rowwise import RowsFailAlone, RowwiseEnergy
 from pyroebm.core.supports import is_discrete
 from pyroebm.ppl.distribution import initial_states
+from pyroebm.ppl.sum_product import log_marginal
 
-__all__ = ["ModelEnergy"]
+__all__ = ["ModelEnergy", "NoLatentsError"]
 
 #: Number of attempts to draw a finite initial state.
 MAX_ATTEMPTS = 100
+
+#: Maximum number of entries of one tensor in an enumeration, for each chain.
+MAX_ENTRIES = 2**27
+
+
+class NoLatentsError(ValueError):
+    """A model without a continuous latent variable, which has no energy."""
 
 
 class _Substitute(Messenger):
@@ -51,6 +62,9 @@ class _Substitute(Messenger):
         if name in self.plates:
             msg["value"] = self.plates[name]
         if name not in self.given:
+            if not msg["is_observed"] and _is_enumerable(msg["fn"]):
+                # exact sums, whichever way the model's author chose
+                msg["infer"].update(enumerate="parallel", num_samples=None)
             return
         transform = self.transforms[name] = biject_to(msg["fn"].support)
         if self.inverse:
@@ -125,7 +139,13 @@ class ModelEnergy(RowwiseEnergy):
         torch.Size([8, 50])
     """
 
-    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        max_plate_nesting: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not callable(model):
             raise ValueError(
                 "model must be a Pyro model, a callable with pyro.sample statements, got"
@@ -135,14 +155,22 @@ class ModelEnergy(RowwiseEnergy):
             start = InitMessenger(_feasible)(initial_states(model))
             with poutine.block(), torch.no_grad():
                 trace = poutine.trace(start).get_trace(*args, **kwargs)
-                total = trace.log_prob_sum()
-        latents = {site["name"]: site for site in _latents(trace)}
+                trace.compute_log_prob()
+        sites: dict[str, Any] = {
+            name: node for name, node in trace.nodes.items() if node["type"] == "sample"
+        }
+        latents, self.enumerated = _latents(sites)
         if not latents:
-            raise ValueError(
-                "the model must have a latent sample site, but every pyro.sample is observed or"
-                " there is none: remove obs= from the sites to infer"
+            raise NoLatentsError(
+                "the model must have a continuous latent sample site, but"
+                + (
+                    f" has only discrete ones: {self.enumerated}"
+                    if self.enumerated
+                    else " every pyro.sample is observed or there is none: remove obs= from the"
+                    " sites to infer"
+                )
             )
-        like = torch.as_tensor(total)
+        like = torch.as_tensor(trace.log_prob_sum())
         for site in latents.values():
             like = like.to(torch.promote_types(like.dtype, site["value"].dtype))
         super().__init__(
@@ -153,21 +181,58 @@ class ModelEnergy(RowwiseEnergy):
         self.args = args
         self.kwargs = kwargs
         self.sites = {name: site["value"].shape for name, site in latents.items()}
+        frames = {frame for node in sites.values() for frame in node["cond_indep_stack"]}
         # A sequential plate indexes a tensor, which cannot be captured: substitute integers.
-        frames = {
-            frame
-            for node in trace.nodes.values()
-            for frame in node.get("cond_indep_stack", ())
-            if not frame.vectorized
-        }
-        self._plates = {frame.name: list(range(frame.size)) for frame in frames}
+        self._plates = {f.name: list(range(f.size)) for f in frames if not f.vectorized}
+        self.max_plate_nesting = _plate_nesting(max_plate_nesting, frames)
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
         rows = (
             2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device)
             - 1.0
         )
+        if self.enumerated:
+            self._check_enumeration(sites, rows[0])
         self._transforms = self._fixed_transforms(rows)
         self.batch_by(rows)
+
+    def _check_enumeration(self, sites: Mapping[str, Any], u: Tensor) -> None:
+        """Raise ValueError unless all shapes are those of plates, and the sum fits in memory."""
+        nesting = self.max_plate_nesting
+        for name, site in sites.items():
+            if isinstance(site["fn"], _Subsample):
+                continue
+            check_site_shape(site, nesting)
+            shape = site["log_prob"].shape
+            if shape[: max(0, len(shape) - nesting)].numel() > 1:
+                raise ValueError(
+                    f"each batch dimension of a site must be a plate, since {self._name()} has"
+                    f" enumerated sites, but site {name!r} has batch shape {tuple(shape)} in"
+                    f" {nesting} plates: enclose it in pyro.plate, or call .to_event"
+                )
+        try:
+            with torch.no_grad(), RowsFailAlone(), BoundedResults(MAX_ENTRIES):
+                self.row_energy(u)
+                _, places = self._run(self.split(u))
+        except MemoryError as error:
+            counts = [
+                f"{name!r} ({len(sites[name]['fn'].enumerate_support(expand=False))} values)"
+                for name in self.enumerated
+            ]
+            raise ValueError(
+                f"the enumeration of all sites together needs {error} for each chain, of at most"
+                f" {MAX_ENTRIES}: sites {', '.join(counts[:6])}"
+                + (f" and {len(counts) - 6} more" if len(counts) > 6 else "")
+                + ". Declare which sites are independent, by pyro.markov (time steps) or"
+                " pyro.plate (rows), or marginalize some by hand"
+            ) from None
+        for name, image in places.images.items():
+            if image.shape != self.sites[name]:
+                raise ValueError(
+                    f"the support of site {name!r} must not depend on a discrete site that is"
+                    f" enumerated, but has {tuple(image.shape)} values where one of shape"
+                    f" {tuple(self.sites[name])} is sampled: use pyro.factor, or a distribution"
+                    " of fixed support"
+                )
 
     def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
         """Return the bijections, or None if they depend on latent variables.
@@ -186,6 +251,7 @@ class ModelEnergy(RowwiseEnergy):
         with (
             pyro.validation_enabled(False),
             poutine.block(),
+            poutine.enum(first_available_dim=-1 - self.max_plate_nesting),
             _Substitute(given, self._plates, inverse) as places,
             _Detached(),
         ):
@@ -196,13 +262,22 @@ class ModelEnergy(RowwiseEnergy):
         """Return the energy of one row ``(dim,)``, shape ``()``."""
         trace, places = self._run(self.split(u))
         with pyro.validation_enabled(False):
-            return -(torch.as_tensor(trace.log_prob_sum()) + places.log_det)
+            total = log_marginal(trace) if self.enumerated else trace.log_prob_sum()
+            return -(torch.as_tensor(total) + places.log_det)
 
     def constants(self) -> list[Tensor]:
         """Return the tensors that are watched for changes: arguments and parameters."""
         store = dict(pyro.get_param_store().named_parameters()) if self._params else {}
         given = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
         return super().constants() + given + [store[name] for name in self._params if name in store]
+
+    @property
+    def transforms(self) -> dict[str, Transform] | None:
+        """The bijection from unconstrained values of each latent variable.
+
+        None if one depends on other latent variables, as that of ``Uniform(0, x)`` with a latent x.
+        """
+        return self._transforms
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Map u ``(*batch, dim)`` to the latent variables, a dict of ``(*batch, *shape)``."""
@@ -345,11 +420,15 @@ class ModelEnergy(RowwiseEnergy):
         return f"the model {getattr(self.model, '__name__', type(self.model).__name__)!r}"
 
 
-def _latents(trace: poutine.Trace) -> Iterator[Any]:
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        fn: Any = site["fn"]
+def _is_enumerable(fn: Any) -> bool:
+    return bool(getattr(fn, "has_enumerate_support", False))
+
+
+def _latents(sites: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the continuous latent sites, and the names of the discrete ones."""
+    continuous, enumerated = {}, []
+    for name, site in sites.items():
+        fn = site["fn"]
         if isinstance(fn, _Subsample):
             if fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise ValueError(
@@ -357,15 +436,41 @@ def _latents(trace: poutine.Trace) -> Iterator[Any]:
                     f" draws {fn.subsample_size} of {fn.size} rows at every call: drop"
                     " subsample_size, or use SVI"
                 )
-        elif not site["is_observed"]:
-            if is_discrete(fn.support):
-                raise ValueError(
-                    f"site {name!r} must be continuous, but is discrete (support {fn.support}):"
-                    " marginalize it, by a mixture distribution or pyro.factor of a logsumexp; or"
-                    " use Pyro's enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC) and"
-                    " infer_discrete"
+        elif site["is_observed"]:
+            continue
+        elif _is_enumerable(fn):
+            enumerated.append(name)
+        elif is_discrete(fn.support):
+            raise ValueError(
+                f"site {name!r} must be continuous or have a finite support to be summed out, but"
+                f" {type(_base(fn)).__name__} has support {fn.support}"
+                + (
+                    ": enclose the site in pyro.plate instead of calling .to_event"
+                    if _is_enumerable(_base(fn))
+                    else ": truncate it to a Categorical, or marginalize it, by a compound"
+                    " distribution (GammaPoisson, BetaBinomial, ...) or by pyro.factor"
                 )
-            yield site
+            )
+        else:
+            continuous[name] = site
+    return continuous, enumerated
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _plate_nesting(given: int | None, frames: Iterable[Any]) -> int:
+    """Return the number of dimensions of plates, as Pyro counts them."""
+    nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+    if given is not None and given < nesting:
+        raise ValueError(
+            f"max_plate_nesting must be at least {nesting}, the plates of the model, got"
+            f" max_plate_nesting={given}"
+        )
+    return nesting if given is None else given
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from pyroebm.core.compilation import Compiled, choose_compiled, fused
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rowwise import MAX_GRAPHS
 from pyroebm.core.statistics import mcse_mean
-from pyroebm.infer.mcmc import PotentialEnergy
+from pyroebm.infer.potential import PotentialEnergy
 from pyroebm.targets import BernoulliProduct, DoubleWell
 
 pytestmark = pytest.mark.usefixtures("float64")

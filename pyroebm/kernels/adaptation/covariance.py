@@ -120,6 +120,8 @@ class PooledCovariance(NamedTuple):
         draws: number of draws so far.
         mean: running mean, shape ``(dim,)``.
         squares: sum of outer products of deviations, shape ``(dim, dim)``.
+        mask: True where a covariance is learned, shape ``(dim, dim)``; None is everywhere. The
+            others are 0 in the metric.
 
     Example:
         >>> pooled = PooledCovariance.start(torch.zeros(1, 2))
@@ -131,11 +133,33 @@ class PooledCovariance(NamedTuple):
     draws: int
     mean: Tensor
     squares: Tensor
+    mask: Tensor | None = None
 
     @classmethod
-    def start(cls, like: Tensor) -> PooledCovariance:
-        """Return an empty estimate for draws of the shape of ``like``, ``(chains, dim)``."""
-        return cls(0, torch.zeros_like(like[0]), like.new_zeros(like.shape[1], like.shape[1]))
+    def start(
+        cls, like: Tensor, blocks: tuple[tuple[int, ...], ...] | None = None
+    ) -> PooledCovariance:
+        """Return an empty estimate for draws of the shape of ``like``, ``(chains, dim)``.
+
+        Args:
+            like: draws.
+            blocks: tuples of entries whose covariances are learned; None is one tuple of all.
+
+        Raises:
+            ValueError: if an entry is out of range.
+        """
+        dim, mask = like.shape[1], None
+        if blocks is not None:
+            mask = torch.eye(dim, dtype=torch.bool, device=like.device)
+            for block in blocks:
+                if not all(0 <= entry < dim for entry in block):
+                    raise ValueError(
+                        f"blocks must hold entries from 0 to {dim - 1}, those of the event, got"
+                        f" {block}"
+                    )
+                entries = torch.tensor(block, device=like.device)
+                mask[entries.unsqueeze(1), entries] = True
+        return cls(0, torch.zeros_like(like[0]), like.new_zeros(dim, dim), mask)
 
     def update(
         self, q: Tensor, grad: Tensor | None = None, moved: Tensor | None = None
@@ -145,9 +169,8 @@ class PooledCovariance(NamedTuple):
         if not len(q):
             return self
         draws, mean, deviations, gap = _merged(self.draws, self.mean, q)
-        return PooledCovariance(
-            draws, mean, self.squares + deviations.mT @ deviations + gap.outer(gap)
-        )
+        squares = self.squares + deviations.mT @ deviations + gap.outer(gap)
+        return PooledCovariance(draws, mean, squares, self.mask)
 
     def metric(self, before: object = None) -> Dense | None:
         """Return the covariance, shrunk towards 1e-3 of its diagonal with the weight of five draws.
@@ -157,6 +180,8 @@ class PooledCovariance(NamedTuple):
         if self.draws < 2:
             return None
         covariance = self.squares.double() / (self.draws - 1)
+        if self.mask is not None:
+            covariance = torch.where(self.mask, covariance, 0.0)
         variance = covariance.diagonal()
         ridge = 1e-3 * torch.where(variance > 0.0, variance, 1.0)
         covariance = (self.draws * covariance + 5.0 * ridge.diag()) / (self.draws + 5.0)

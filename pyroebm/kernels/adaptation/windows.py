@@ -151,10 +151,13 @@ class WindowAdaptation:
         first: length of the first window.
         final: length of the final buffer.
         rank: for "low_rank", number of leading directions of the draws, and of the gradients.
+        blocks: for "dense", tuples of entries of the flattened event. Covariances are learned
+            within each tuple, and variances of the entries that are in none; None is one block of
+            all entries.
 
     Raises:
-        ValueError: if a setting is not one of these, or if ``metric="low_rank"`` and the states of
-            the kernel have no gradient.
+        ValueError: if a setting is not one of these, if ``metric="low_rank"`` and the states of
+            the kernel have no gradient, or if ``blocks`` does not fit the event.
 
     Example:
         >>> from pyroebm.kernels import HMC
@@ -175,6 +178,7 @@ class WindowAdaptation:
     first: int = 15
     final: int = 50
     rank: int = 32
+    blocks: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
@@ -194,6 +198,13 @@ class WindowAdaptation:
             )
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got rank={self.rank}")
+        if self.blocks is not None:
+            entries = [entry for block in self.blocks for entry in block]
+            if self.metric != "dense" or len(set(entries)) < len(entries):
+                raise ValueError(
+                    'blocks must hold each entry at most once, with metric="dense", got'
+                    f" blocks={self.blocks} and metric={self.metric!r}"
+                )
 
     def start(
         self,
@@ -427,7 +438,9 @@ class WindowAdaptation:
         q = rows(state.x)
         if self.metric != "low_rank":
             return (
-                PooledVariance.start(q) if self.metric == "diagonal" else PooledCovariance.start(q)
+                PooledVariance.start(q)
+                if self.metric == "diagonal"
+                else PooledCovariance.start(q, self.blocks)
             )
         if not isinstance(state, HasGradient):
             raise ValueError(
