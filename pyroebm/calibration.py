@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -55,7 +55,8 @@ class _Sampled(Messenger):
         added = msg["infer"].get("is_auxiliary") or msg["infer"].get("_deterministic")
         if msg["is_observed"] and not added:  # pyro.factor and pyro.deterministic add such sites
             self.names.append(msg["name"])
-            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+            msg["is_observed"] = msg["done"] = False
+            msg["value"] = None
 
 
 class _Observed(Messenger):
@@ -160,7 +161,7 @@ class SBCResult:
         thinning: number of steps of the sampler from one ranked draw to the next.
         ess: smallest effective sample size (bulk or tail) of the ranked draws over the entries of
             each site, as a mean over simulations; before thinning to ``num_draws`` draws.
-        num_divergences: number of divergent steps of each simulation.
+        divergences: number of divergent steps of each simulation.
         seed: the seed of the run.
     """
 
@@ -171,7 +172,7 @@ class SBCResult:
         num_draws: int,
         thinning: int,
         ess: dict[str, float],
-        num_divergences: np.ndarray,
+        divergences: np.ndarray,
         seed: int,
     ) -> None:
         self.ranks = ranks
@@ -179,18 +180,18 @@ class SBCResult:
         self.num_draws = num_draws
         self.thinning = thinning
         self.ess = ess
-        self.num_divergences = num_divergences
+        self.divergences = divergences
         self.seed = seed
 
     @property
     def num_simulations(self) -> int:
         """Number of simulations."""
-        return len(self.num_divergences)
+        return len(self.divergences)
 
     def __repr__(self) -> str:
         return (
             f"SBCResult({self.num_simulations} simulations, {self.num_draws} draws,"
-            f" thinning {self.thinning}, {int(self.num_divergences.sum())} divergences,"
+            f" thinning {self.thinning}, {int(self.divergences.sum())} divergences,"
             f" p-value {self.test().p_value:.3g})"
         )
 
@@ -230,14 +231,13 @@ class SBCResult:
     def _columns(self, name: str) -> list[tuple[np.ndarray, bool]]:
         """Return the ranks of each entry, and whether the entry is constant."""
         ranks, values = (
-            array.reshape(self.num_simulations, -1) for array in (self.ranks[name], self.values[name])
+            array.reshape(self.num_simulations, -1)
+            for array in (self.ranks[name], self.values[name])
         )
         constant = (values == values[:1]).all(0) & (self.num_simulations > 1)
         return list(zip(ranks.T, constant, strict=True))
 
-    def plot(
-        self, kind: Literal["ecdf", "histogram"] = "ecdf", *, level: float = 0.95
-    ) -> Figure:
+    def plot(self, kind: Literal["ecdf", "histogram"] = "ecdf", *, level: float = 0.95) -> Figure:
         """Plot the ranks of each site, one line for each entry.
 
         Args:
@@ -259,7 +259,7 @@ class SBCResult:
             for name in self.ranks
         }
         lines = {name: columns for name, columns in lines.items() if columns}
-        across = min(len(lines), 3)
+        across = 2 if len(lines) == 4 else min(len(lines), 3)
         down = -(-len(lines) // across)
         figure, axes = plt.subplots(
             down,
@@ -308,7 +308,7 @@ class SBCResult:
 
         The dimensions are ``simulation`` and, for a site with a shape, ``NAME_dim_0`` and so on.
         """
-        variables: dict[str, Any] = {"num_divergences": ("simulation", self.num_divergences)}
+        variables: dict[str, Any] = {"divergences": ("simulation", self.divergences)}
         for name, ranks in self.ranks.items():
             dims = ("simulation", *(f"{name}_dim_{i}" for i in range(ranks.ndim - 1)))
             variables |= {name: (dims, ranks), f"{name}_value": (dims, self.values[name])}
@@ -439,7 +439,8 @@ def _simulate(
                     "model must draw each of its sites from a proper distribution, but one cannot"
                     f" be drawn: {error}"
                 ) from error
-        values = {k: v["value"] for k, v in trace.nodes.items() if v["type"] == "sample"}
+        nodes = cast(dict[str, Any], trace.nodes)
+        values = {name: node["value"] for name, node in nodes.items() if node["type"] == "sample"}
         if missing := [name for name in sampled.names if name not in values]:
             raise ValueError(
                 f"observed must be names of sample sites, {sorted(values)}, got {missing}"

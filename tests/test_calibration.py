@@ -15,7 +15,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lib.checks import within_se
-from pyro import poutine
 from torch import Tensor
 
 from pyroebm.calibration import SBCResult, _band, _exceeding, _p_value, sbc
@@ -59,8 +58,8 @@ def gamma_poisson(y: Tensor) -> None:
 
 
 class LKJ(dist.LKJCholesky):
-    """torch's distribution with right draws: in dimension 3 and above torch's are biased (up to
-    version 2.13 at least). The square norm of row i is Beta(i / 2, ...), and torch takes i - 1/2."""
+    """torch's distribution with right draws. Those of torch 2.13 are biased from dimension 3 on:
+    the squared norm of row i is Beta-distributed with parameter i / 2, and torch takes i - 1/2."""
 
     power = 0.5
 
@@ -251,7 +250,7 @@ def made(**changes: Any) -> SBCResult:
     ranks = {"x": rng.integers(0, 20, (300, 2)), "tau": rng.integers(0, 20, 300)}
     values = {name: rng.normal(size=array.shape) for name, array in ranks.items()}
     given = {"ranks": ranks, "values": values, "num_draws": 19, "thinning": 2, "seed": 7}
-    given |= {"ess": {"x": 19.0, "tau": 19.0}, "num_divergences": np.zeros(300, int)}
+    given |= {"ess": {"x": 19.0, "tau": 19.0}, "divergences": np.zeros(300, int)}
     return SBCResult(**given | changes)
 
 
