@@ -82,7 +82,7 @@ class _Joint(RowwiseEnergy):
         observed = _Observed(dict(data[0]))
         posterior = ModelEnergy(observed(model), *args)
         super().__init__(
-            {"latent": posterior.event_shape} | {k: v.shape for k, v in data[0].items()},
+            {"latent": posterior.event_shape} | {f"data/{k}": v.shape for k, v in data[0].items()},
             posterior._reference(),
         )
         self.observed = observed
@@ -97,9 +97,9 @@ class _Joint(RowwiseEnergy):
         )
 
     def row_energy(self, u: Tensor) -> Tensor:
-        parts = self.split(u)
-        latent, before = parts.pop("latent"), self.observed.values
-        self.observed.values = parts
+        latent, *data = self.split(u).values()
+        before = self.observed.values
+        self.observed.values = dict(zip(before, data, strict=True))
         try:
             return self.posterior.row_energy(latent)
         finally:
@@ -336,10 +336,10 @@ def sbc(
     parameters and data is ranked too (``"lp"``): it detects posteriors that ignore the data (Modrák
     et al., 2023).
 
-    All data sets are sampled at once, one chain for each. A chain starts from a random state and
-    has its own step size; the metric is common. The draws are thinned until they are nearly
-    independent: their effective sample size (a mean over simulations) is at least 0.9 of their
-    number. A RuntimeWarning says if this is not reached.
+    All data sets are sampled at once, one chain for each. A chain starts from a random state and,
+    with the default kernel, has its own step size; the metric is common. The draws are thinned
+    until they are nearly independent: their effective sample size (a mean over simulations) is at
+    least 0.9 of their number. A RuntimeWarning says if this is not reached.
 
     Args:
         model: a Pyro model that draws all its latent and observed sites from proper distributions.
@@ -349,15 +349,15 @@ def sbc(
         num_simulations: number of data sets.
         num_draws: number of ranked draws of each posterior: ranks are from 0 to ``num_draws``.
         warmup_steps: number of warm-up steps of each chain.
-        kernel: the sampler to check, a kernel of :mod:`pyroebm.kernels`; None is
-            :class:`pyroebm.NUTS`.
+        kernel: the sampler to check, a kernel of :mod:`pyroebm.kernels`, with its default
+            adaptation; None is :class:`pyroebm.NUTS`.
         seed: seed of all randomness; None draws one. It is recorded in the result.
         progress: True shows a progress bar, False does not, None shows it if the run takes longer
             than a second.
 
     Raises:
-        ValueError: if the model has no data, cannot be simulated, has data whose shape changes, or
-            a density that is not finite where it was simulated.
+        ValueError: if the model has no data, cannot be simulated, has data whose shape changes, a
+            site named "lp", or a density that is not finite where it was simulated.
 
     Example:
         >>> import pyro
@@ -384,6 +384,11 @@ def sbc(
     joint = _Joint(model, args, data)
     energy = _Posteriors(joint, joint.rows(data))
     sites = joint.posterior.sites
+    if LOG_DENSITY in sites:
+        raise ValueError(
+            f"model must have no site named {LOG_DENSITY!r}, the name of the log-density among the"
+            " ranks: rename the site"
+        )
     truth = {name: torch.stack([trace[name] for trace in traces]) for name in sites}
     with torch.no_grad():
         truth[LOG_DENSITY] = -energy(joint.posterior.unconstrain(truth))
@@ -395,7 +400,7 @@ def sbc(
         warmup_steps,
         num_simulations,
         seed=seed,
-        adaptation=WindowAdaptation(step_size="per_chain"),
+        adaptation=WindowAdaptation(step_size="per_chain") if kernel is None else "default",
         save_warmup=False,
         progress=progress,
         chain_batch_size=num_simulations,
@@ -479,6 +484,8 @@ def _check_finite(truth: dict[str, Tensor]) -> None:
 
 
 def _named_draws(mcmc: MCMC) -> dict[str, Tensor]:
+    if mcmc.interrupted:
+        raise KeyboardInterrupt
     return mcmc.get_samples(group_by_chain=True) | {LOG_DENSITY: mcmc.get_stats()["lp"]}
 
 

@@ -83,6 +83,13 @@ def correlated(y: Tensor, prior: type[LKJ] = LKJ) -> None:
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), scale_tril=cholesky), obs=y)
 
 
+def mixture(y: Tensor) -> None:
+    share = pyro.sample("share", dist.Beta(2.0, 2.0))
+    with pyro.plate("data", len(y)):
+        which = pyro.sample("which", dist.Bernoulli(share))
+        pyro.sample("y", dist.Normal(2.0 * which, 1.0), obs=y)
+
+
 def features() -> Tensor:
     return torch.randn(15, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -93,6 +100,7 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]], tuple
     "eight schools": (eight_schools, lambda: (torch.zeros(8),), ()),
     "gamma-Poisson": (gamma_poisson, lambda: (torch.zeros(4),), ()),
     "LKJ and Dirichlet": (correlated, lambda: (torch.zeros(6, 3),), ()),
+    "mixture, summed out": (mixture, lambda: (torch.zeros(8),), ()),
 }
 
 
@@ -290,6 +298,19 @@ def test_ties_are_broken_at_random() -> None:
     within_se(share, np.full(4, 0.25), np.full(4, math.sqrt(0.25 * 0.75 / 2000)))
 
 
+class Interrupted(LockstepNUTS):
+    def step(self, energy: Energy, state: Any, generator: torch.Generator | None = None) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_raised() -> None:
+    with (
+        pytest.warns(RuntimeWarning, match="interrupted during warm-up"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        small(gamma_poisson, torch.zeros(4), kernel=Interrupted(), num_simulations=20)
+
+
 def test_a_run_is_repeated_by_its_seed() -> None:
     first, again, other = (
         small(gamma_poisson, torch.zeros(4), num_simulations=20, warmup_steps=50, seed=seed)
@@ -309,6 +330,14 @@ def test_a_run_is_repeated_by_its_seed() -> None:
 def test_a_model_without_data_raises() -> None:
     with pytest.raises(ValueError, match="no site has obs="):
         small(logistic, features())
+
+
+def test_a_site_with_the_name_of_the_log_density_raises() -> None:
+    def model(y: Tensor) -> None:
+        pyro.sample("y", dist.Normal(pyro.sample("lp", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="no site named 'lp'"):
+        small(model, torch.tensor(0.0))
 
 
 def test_an_unknown_name_of_data_raises() -> None:
