@@ -6,6 +6,7 @@ NAME ?=
 SHIFTS ?= 1-20
 TESTS ?=
 ARGS ?=
+PYRO ?=
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
@@ -14,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo test reseed setup lint format types doctest readme notebooks wheel-check matrix benchmark clients clean distclean help
+.PHONY: demo test reseed pyro-tests setup lint format types doctest readme notebooks wheel-check matrix benchmark clients clean distclean help
 
 demo: .venv/.installed ## Install what is needed, run the demo, write its figures and report to demo/
 	$(BIN)/pyroebm demo --out demo
@@ -24,6 +25,10 @@ test: .venv/.installed-dev ## Install what is needed, run the tests, the docstri
 
 reseed: .venv/.installed-dev ## Run the statistical tests with other seeds, SHIFTS=1-20, and count failures; or TESTS=file::test
 	$(TEST_ENV) $(BIN)/python scripts/reseed_tests.py --jobs $(JOBS) --shifts "$(SHIFTS)" $(TESTS)
+
+pyro-tests: .venv/.installed-dev ## Run Pyro's own tests of MCMC with pyroebm.infer: PYRO=checkout; ARGS="test_hmc.py -k gamma"
+	@test -n "$(PYRO)" || { echo "name a checkout of Pyro: make pyro-tests PYRO=path"; exit 1; }
+	$(TEST_ENV) $(BIN)/python scripts/pyro_tests.py "$(PYRO)" $(ARGS)
 
 setup: .venv/.installed-dev ## Install the package and everything a developer needs, nothing else
 

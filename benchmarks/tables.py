@@ -4,8 +4,8 @@
 
 A table is between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of
 benchmarks/samplers.py, benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`,
-`stopwatch`, `metrics`, `truth`, `efficiency`, `gradients` or a curve. Its previous content is
-replaced. A table without results says "Not measured yet".
+`stopwatch`, `examples`, `metrics`, `truth`, `efficiency`, `gradients` or a curve. Its previous
+content is replaced. A table without results says "Not measured yet".
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks.metrics import METHOD, METRICS
 from benchmarks.starts import CASES as STARTS_CASES
 from benchmarks.suite.cases import CASES, MODEL_CASES
+from benchmarks.suite.example_models import EXAMPLES
 from benchmarks.suite.flow_cases import FLOW_CASES
 from benchmarks.suite.measure import Row
 from benchmarks.suite.posteriordb import DENSITIES
@@ -400,6 +401,52 @@ def stopwatch_table(rows: list[Row]) -> str:
     return f"{table(['case', '', *headings, 'runs'], body)}\n{slower}.\n"
 
 
+def examples_table(rows: list[Row]) -> str:
+    """Return a table with one line per example of Pyro of benchmarks/pyro_examples.py.
+
+    It shows the seconds of both libraries, with ratios, their ESS and R-hat, and the largest
+    difference of two means. Below it is what was reached.
+    """
+    found: dict[str, dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        if row["case"].startswith("example "):
+            of_case = found.setdefault(row["case"].removeprefix("example "), {})
+            of_case[row["library"], row["metric"]] = row
+    body: list[list[str]] = []
+    fast = long = 0
+    for name, example in EXAMPLES.items():
+        if (own := found.get(name)) is None:
+            continue
+        pyro = own["pyro", "seconds_empty_caches"]
+        settings = pyro["settings"]
+        steps = f"4 x ({settings['num_warmup']} + {settings['num_samples']})"
+        scale = settings.get("sampling_scaled_by")
+        notes = ([f"Pyro draws 1/{scale}"] if scale else []) + (
+            [f"of {example.reduced}"] if example.reduced else []
+        )
+        cells = [example.title, ", ".join([steps, *notes]), number(pyro["value"])]
+        ratios = []
+        for phase in STOPWATCH_PHASES:
+            seconds = own["pyroebm", phase]["value"]
+            ratios.append(pyro["value"] / seconds)
+            cells += [number(seconds), number(ratios[-1])]
+        long += pyro["value"] > 60.0
+        fast += pyro["value"] > 60.0 and ratios[0] >= 3.0
+        for metric in ("min_ess", "worst_r_hat"):
+            pair = (own[library, metric]["value"] for library in ("pyro", "pyroebm"))
+            cells.append(" / ".join(map(number, pair)))
+        body.append([*cells, number(own["pyroebm", "largest_difference"]["value"])])
+    if not body:
+        return NOTHING
+    headings = [h for label in STOPWATCH_PHASES.values() for h in (f"s, {label}", "Pyro's s / s")]
+    made = table(
+        ["example", "steps", "Pyro s", *headings, "ESS, Pyro / pyroebm", "R-hat", "difference"],
+        body,
+    )
+    said = f"Pyro takes more than a minute on {long} of {len(body)} examples; pyroebm is at least 3"
+    return f"{made}\n{said} times as fast, with empty caches, on {fast} of these.\n"
+
+
 def metrics_table(rows: list[Row]) -> str:
     """Return a table with one line per case and metric of benchmarks/metrics.py.
 
@@ -521,6 +568,8 @@ def fill(page: str, rows: list[Row]) -> str:
             text = starts_table(rows)
         elif name == "stopwatch":
             text = stopwatch_table(rows)
+        elif name == "examples":
+            text = examples_table(rows)
         elif name == "metrics":
             text = metrics_table(rows)
         elif name == "truth":

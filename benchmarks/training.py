@@ -35,7 +35,7 @@ from pyroebm.energies import NeuralEnergy
 from pyroebm.kernels import HMC, ULA, CompiledKernel, Kernel
 from pyroebm.nn import mlp
 from pyroebm.objectives import ReplayBufferCD
-from pyroebm.objectives.contrastive import advance
+from pyroebm.objectives.contrastive import run_chains
 from pyroebm.training import Trainer
 
 CHAINS, EPS = 256, 0.1
@@ -109,7 +109,7 @@ def our_chains(kernel: Kernel[Any], steps: int, compiled: bool) -> Timed:
     x = starts()
     generator = torch.Generator().manual_seed(2)
     kernel = CompiledKernel(kernel) if compiled else kernel
-    return lambda: advance(energy, kernel, x, steps, generator)
+    return lambda: run_chains(energy, kernel, x, steps, generator)
 
 
 def our_update(compiled: bool) -> Timed:

@@ -28,7 +28,7 @@ from pyroebm.data import digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import PersistentCD, ReplayBufferCD
-from pyroebm.objectives.contrastive import advance
+from pyroebm.objectives.contrastive import run_chains
 from pyroebm.partition import bidirectional_ais
 from pyroebm.training import Guard, fit
 
@@ -148,11 +148,11 @@ def evaluate(
     base = DistributionEnergy(Independent(Normal(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)), 3))
     found = bidirectional_ais(
         energy,
-        states,
         base,
         HMC(0.25, num_steps=4),
+        draws=states,
         betas=betas,
-        num_chains=len(states),
+        num_chains=5 * len(states),
         generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )
@@ -184,7 +184,7 @@ def stability(
     generator = seeded_generator(recipe.seed, spawned=1)
     readings = [energy(chains)]
     for _ in range(10):
-        x, rate = advance(energy, MALA(0.4), x, age, generator)
+        x, rate = run_chains(energy, MALA(0.4), x, age, generator)
         readings.append(energy(x))
     first = readings[0]
     middle = readings[5]
@@ -220,7 +220,7 @@ def main(
         out: folder of metrics.json and the figure; None is runs/deep_energy.
         progress: show progress; None shows that of what takes longer than a second.
     """
-    steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 2000, 200)
+    steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 1000, 200)
     recipe = Recipe(
         "deep_energy", out, seed, steps=steps, hidden=hidden, k=k, noise=noise, quick=quick
     )

@@ -256,8 +256,8 @@ def on_digits(
     base = Gaussian(torch.zeros_like(white.mean), covariance=0.5 * torch.eye(64, dtype=data.dtype))
     found = bidirectional_ais(
         energy,
-        chains.chains,
         base,
+        draws=chains.chains,
         betas=20 if quick else 300,
         num_chains=100,
         generator=torch.Generator().manual_seed(recipe.seed),

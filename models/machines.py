@@ -214,12 +214,12 @@ def machine_bracket(
             rates.bernoulli(generator=torch.Generator().manual_seed(seed)),
         ]
     )
-    start, joint = torch.cat(gibbs(machine, seeds, sweeps, seed + 1), 1), machine.joint()
+    draws, joint = torch.cat(gibbs(machine, seeds, sweeps, seed + 1), 1), machine.joint()
     base = base_rates(joint, data.to(machine.dtype))
     return bidirectional_ais(
         joint,
-        start,
         base,
+        draws=draws,
         betas=temperatures,
         num_chains=chains,
         generator=torch.Generator().manual_seed(seed),

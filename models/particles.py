@@ -318,7 +318,10 @@ def evaluate(done: Case, *, quick: bool = False, matched: bool = False) -> Evalu
             progress=False,
         )
         between = bridge(
-            energy, held[:, :: 2 if quick else 5], FlowEnergy(flow), generator=generator
+            energy,
+            FlowEnergy(flow),
+            draws=held[:, :: 2 if quick else 5],
+            generator=generator,
         )
         start = Gaussian(
             torch.zeros(flow.dim, dtype=F64), scale=SYSTEMS[done.name].spread, dtype=F64
@@ -327,7 +330,7 @@ def evaluate(done: Case, *, quick: bool = False, matched: bool = False) -> Evalu
             energy,
             start,
             HMC(num_steps=8),
-            16 if quick else 256,
+            num_particles=16 if quick else 256,
             num_islands=8,
             generator=generator,
             progress=False,

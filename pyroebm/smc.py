@@ -23,6 +23,10 @@ from pyroebm.kernels.base import Kernel, check_kernel
 
 __all__ = ["SMCResult", "systematic", "tempered_smc"]
 
+#: Conditional effective sample size to keep from one temperature to the next, as a fraction of the
+#: particles.
+TARGET_ESS = 0.9
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SMCResult:
@@ -98,7 +102,6 @@ def tempered_smc(
     *,
     num_islands: int = 8,
     num_moves: int = 5,
-    target_ess: float = 0.9,
     pilot: SMCResult | None = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
@@ -112,8 +115,8 @@ def tempered_smc(
         \hat Z
         = Z_V \prod_{l=1}^{L} \sum_i W_i^{(l-1)} e^{-(\beta_l - \beta_{l-1}) (U - V)(x_i^{(l-1)})}
     (Del Moral, Doucet and Jasra, 2006). The next temperature is the largest step that keeps the
-    conditional effective sample size at ``target_ess`` of the particles (Zhou, Johansen and Aston,
-    2016), found by bisection. An island whose effective sample size falls below half is resampled
+    conditional effective sample size at 0.9 of the particles (Zhou, Johansen and Aston, 2016),
+    found by bisection. An island whose effective sample size falls below half is resampled
     systematically. Then the kernel takes ``num_moves`` steps, and its step size is adapted towards
     its target acceptance rate after each. Islands are independent except for temperatures and step
     sizes, which they share.
@@ -126,8 +129,6 @@ def tempered_smc(
         num_particles: N, number of particles of one island.
         num_islands: G, at least 2 for a standard error.
         num_moves: number of steps of the kernel at each temperature.
-        target_ess: conditional effective sample size to keep, as a fraction in (0, 1); a larger
-            value gives more temperatures.
         pilot: an earlier result, whose temperatures and step sizes are used; Z is then unbiased.
         generator: source of randomness; None is torch's default generator.
         progress: True shows a progress bar, False does not, None shows it if the run takes longer
@@ -159,8 +160,6 @@ def tempered_smc(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {name}={value}")
-    if not 0.0 < target_ess < 1.0:
-        raise ValueError(f"target_ess must be in (0, 1), got target_ess={target_ess}")
     if not kernel.exact:
         raise ValueError(
             f"kernel must leave its target invariant, but {type(kernel).__name__} is not exact; use"
@@ -179,9 +178,7 @@ def tempered_smc(
         run.discard_infinite()
         level = 0
         while run.beta < 1.0:
-            run.advance(
-                run.next_beta(target_ess) if pilot is None else float(pilot.betas[level + 1])
-            )
+            run.advance(run.next_beta() if pilot is None else float(pilot.betas[level + 1]))
             run.move(num_moves, None if pilot is None else float(pilot.step_sizes[level]))
             level += 1
             shown.note(beta=run.beta, acceptance=run.acceptance[-1])
@@ -241,7 +238,7 @@ class _Run:
             self._reweight(torch.where(outside, -math.inf, 0.0).double())
             self._resample(outside.any(1))
 
-    def next_beta(self, target_ess: float) -> float:
+    def next_beta(self) -> float:
         """Return the largest temperature that keeps the conditional ESS, averaged over islands."""
         weights = self.log_weights.exp()
 
@@ -253,11 +250,11 @@ class _Run:
             )
 
         low, high = 0.0, 1.0 - self.beta
-        if conditional_ess(high) >= target_ess:
+        if conditional_ess(high) >= TARGET_ESS:
             return 1.0
         for _ in range(50):
             middle = 0.5 * (low + high)
-            low, high = (middle, high) if conditional_ess(middle) >= target_ess else (low, middle)
+            low, high = (middle, high) if conditional_ess(middle) >= TARGET_ESS else (low, middle)
         return self.beta + high
 
     def advance(self, beta: float) -> None:

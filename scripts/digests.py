@@ -287,23 +287,23 @@ def gradient(energy: Energy, x: Tensor) -> list[Tensor | None]:
     return list(torch.autograd.grad(energy(x).sum(), parameters, allow_unused=True))
 
 
-def energy_facts(energy: Energy) -> Any:
+def energy_values(energy: Energy) -> Any:
     """Values, slopes and draws."""
     x = energy.initial(6, seeded(1))
-    facts = [x, energy(x), energy.log_z, gradient(energy, x)]
+    values = [x, energy(x), energy.log_z, gradient(energy, x)]
     if x.is_floating_point() and not ebm.is_discrete(energy.support):
-        facts += [ebm.value_and_grad(energy, x), ebm.score(energy, x)]
+        values += [ebm.value_and_grad(energy, x), ebm.score(energy, x)]
     if energy.has_exact_draws:
-        facts.append(energy.sample(6, seeded(2)))
-    return facts
+        values.append(energy.sample(6, seeded(2)))
+    return values
 
 
-def target_facts(target: Any) -> Any:
-    facts = [energy_facts(target), target.mean, target.variance, target.mode_weights]
-    return facts if target.mode_weights is None else [*facts, target.mode_of(facts[0][0])]
+def target_values(target: Any) -> Any:
+    values = [energy_values(target), target.mean, target.variance, target.mode_weights]
+    return values if target.mode_weights is None else [*values, target.mode_of(values[0][0])]
 
 
-def flow_facts(flow: Any) -> Any:
+def flow_values(flow: Any) -> Any:
     flow = stirred(flow)
     z = flow.rsample_base(6, seeded(1))
     x, log_q = flow.forward_and_log_prob(z)
@@ -312,13 +312,13 @@ def flow_facts(flow: Any) -> Any:
     return z, x, log_q, flow.log_prob(x.detach()), flow.path_log_prob(x.detach()), drawn, flow
 
 
-def transform_facts(transform: Any) -> Any:
+def transform_values(transform: Any) -> Any:
     z = normal(5, transform.dim, seed=6)
     x = stirred(transform)(z)
     return x, transform.inv(x.detach().clone()), transform.log_abs_det_jacobian(z, x)
 
 
-def base_facts(base: Any) -> Any:
+def base_values(base: Any) -> Any:
     z = stirred(base).rsample(6, seeded(1), torch.float64, torch.device("cpu"))
     return z, base.log_prob(z), base.distribution(torch.float64, torch.device("cpu")).sample((3,))
 
@@ -356,12 +356,12 @@ def of_flow(objective: Any, flow: Any = None, energy: Energy | None = None) -> A
     return list(ebm.fit_steps(flow, made, num_steps=3, seed=3, progress=False)), flow, made
 
 
-def timeless(facts: Any) -> Any:
+def timeless(values: Any) -> Any:
     """Return metrics without wall times."""
-    if not isinstance(facts, Mapping):
-        return facts
+    if not isinstance(values, Mapping):
+        return values
     timed = re.compile("second|minute")
-    return {key: timeless(value) for key, value in facts.items() if not timed.search(key)}
+    return {key: timeless(value) for key, value in values.items() if not timed.search(key)}
 
 
 def scratch(use: Callable[[Path], Any]) -> Any:
@@ -430,7 +430,7 @@ DISCRETE: dict[str, Make] = {
 
 
 def windows(**options: Any) -> Any:
-    return ebm.WindowAdaptation(initial=10, first=10, final=15, **options)
+    return ebm.WindowAdaptation(**options)
 
 
 def tuned(kernel: Any, adaptation: Any, energy: Energy | None = None) -> Any:
@@ -438,9 +438,9 @@ def tuned(kernel: Any, adaptation: Any, energy: Energy | None = None) -> Any:
 
 
 ADAPTATION: dict[str, Make] = {
-    "chees": lambda: tuned(ebm.ChEES(), ebm.ChEESAdaptation(windows(), 0.1)),
+    "chees": lambda: tuned(ebm.ChEES(), ebm.ChEESAdaptation(windows())),
     "dense": lambda: tuned(ebm.HMC(), windows(metric="dense")),
-    "energy-variance": lambda: tuned(ebm.MCLMC(), ebm.EnergyVarianceAdaptation(memory=10)),
+    "energy-variance": lambda: tuned(ebm.MCLMC(), ebm.EnergyVarianceAdaptation()),
     "ladder": lambda: tuned(
         ebm.ParallelTempering(ebm.HMC(num_steps=3), [1.0, 0.5, 0.2]),
         ebm.LadderAdaptation(),
@@ -574,7 +574,7 @@ def symmetrized(weights: str = "uniform") -> nn.Module:
 
 
 def equivariant() -> nn.Module:
-    return ebm.EquivariantFlow(4, 2, num_cells=6, num_stages=2, num_steps=8)
+    return ebm.EquivariantFlow(4, 2, num_cells=6, num_steps=8)
 
 
 FLOWS: dict[str, Make] = {
@@ -590,7 +590,7 @@ FLOWS: dict[str, Make] = {
     ),
     "nice": lambda: ebm.NICE(2, **SMALL),
     "nice-scalar": lambda: ebm.NICE(1, shift=False, **SMALL),
-    "realnvp": lambda: ebm.RealNVP(3, 4, mask="alternating", loft=3.0, **SMALL),
+    "realnvp": lambda: ebm.RealNVP(3, 4, **SMALL),
     "realnvp-mixture": lambda: ebm.RealNVP(
         2,
         2,
@@ -609,7 +609,7 @@ TRANSFORMS: dict[str, Make] = {
     "additive-coupling": lambda: ebm.AdditiveCoupling(3, generator=seeded(1), **SMALL),
     "affine-coupling": lambda: ebm.AffineCoupling(3, generator=seeded(1), **SMALL),
     "loft": lambda: ebm.Loft(3, threshold=0.5),
-    "pair-field": lambda: ebm.PairField(4, 2, num_cells=6, num_stages=2, num_steps=8),
+    "pair-field": lambda: ebm.PairField(4, 2, num_cells=6, num_steps=8),
     "permutation": lambda: ebm.Permutation([2, 0, 1]),
     "plu-linear": lambda: ebm.PLULinear(torch.linalg.qr(normal(3, 3))[0]),
     "shift": lambda: ebm.Shift(normal(3)),
@@ -625,13 +625,13 @@ BASES: dict[str, Make] = {
 def reloaded(folder: Path) -> Any:
     flow = stirred(ebm.RealNVP(2, 2, base=ebm.MixtureBase(2, 3), **SMALL))
     ebm.save(flow, folder / "flow.safetensors")
-    return flow_facts(ebm.load(folder / "flow.safetensors"))
+    return flow_values(ebm.load(folder / "flow.safetensors"))
 
 
 def extended() -> Any:
     flow = stirred(ebm.RedundantNICE(2, 3, 2, **SMALL))
     energy = ebm.AugmentedEnergy(wells(), flow.conditional, 2)
-    return energy_facts(energy), flow.log_prob_x(normal(4, 2)), flow.joint_entropy()
+    return energy_values(energy), flow.log_prob_x(normal(4, 2)), flow.joint_entropy()
 
 
 def judged_flow(flow: Any) -> Any:
@@ -641,14 +641,14 @@ def judged_flow(flow: Any) -> Any:
 
 
 def conditional() -> Any:
-    law = ebm.ConditionalGaussian(2, 2, generator=seeded(1), **SMALL)
-    return law.parts(normal(4, 2)), law.sample(normal(4, 2), 3, seeded(2))
+    distribution = ebm.ConditionalGaussian(2, 2, generator=seeded(1), **SMALL)
+    return distribution.parts(normal(4, 2)), distribution.sample(normal(4, 2), 3, seeded(2))
 
 
 QUARTER_TURN, REFLECTION = [[0.0, -1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, -1.0]]
 FLOW_USES: dict[str, Make] = {
     "conditional": conditional,
-    "energy": lambda: energy_facts(ebm.FlowEnergy(small_flow())),
+    "energy": lambda: energy_values(ebm.FlowEnergy(small_flow())),
     "extended": extended,
     "group-generated": lambda: ebm.generated_group(torch.tensor([QUARTER_TURN, REFLECTION])),
     "group-permutations": lambda: ebm.permutations(3, num_coordinates=2),
@@ -661,7 +661,7 @@ FLOW_USES: dict[str, Make] = {
     "judge": lambda: judged_flow(small_flow()),
     "judge-redundant": lambda: judged_flow(stirred(ebm.RedundantNICE(2, 3, 2, **SMALL), 0.2)),
     "saved": lambda: scratch(reloaded),
-    "transported": lambda: energy_facts(ebm.PullbackEnergy(small_flow(), wells())),
+    "transported": lambda: energy_values(ebm.PullbackEnergy(small_flow(), wells())),
 }
 
 
@@ -681,10 +681,10 @@ def labeled() -> tuple[Tensor, Tensor]:
 
 
 def short_chains() -> Any:
-    return ebm.ContrastiveDivergence(3, ebm.MALA(0.3), energy_penalty=0.1)
+    return ebm.ContrastiveDivergence(3, ebm.MALA(0.3))
 
 
-def noise_law() -> Any:
+def noise_distribution() -> Any:
     return ebm.gaussian_noise(moons(), 1.5)
 
 
@@ -711,16 +711,11 @@ OBJECTIVES: dict[str, Make] = {
     "fisher": fisher,
     "flow-contrastive": lambda: of_data(ebm.FlowContrastive(small_flow())),
     "hybrid-classifier": lambda: trained(ebm.Hybrid(), classifier_energy(), labeled()),
-    "hybrid-conditional": lambda: trained(
-        ebm.Hybrid(short_chains(), mode="conditional"),
-        classifier_energy(),
-        labeled(),
-    ),
     "hybrid-joint": lambda: trained(ebm.Hybrid(short_chains()), classifier_energy(), labeled()),
-    "improved-cd": lambda: of_data(ebm.ImprovedCD(8, 4, ebm.ULA(0.1), through=2, buffer_size=30)),
+    "improved-cd": lambda: of_data(ebm.ImprovedCD(8, 4, ebm.ULA(0.1), buffer_size=30)),
     "mean-field-likelihood": lambda: of_bits(ebm.MeanFieldLikelihood(), deep_machine()),
     "minimum-probability-flow": lambda: of_bits(ebm.MinimumProbabilityFlow(2)),
-    "noise-contrastive": lambda: of_data(ebm.NoiseContrastive(noise_law(), nu=2.0)),
+    "noise-contrastive": lambda: of_data(ebm.NoiseContrastive(noise_distribution(), nu=2.0)),
     "noise-contrastive-flow": lambda: of_data(ebm.NoiseContrastive(small_flow())),
     "non-negative-score-matching": lambda: trained(
         ebm.NonNegativeScoreMatching(),
@@ -737,10 +732,10 @@ OBJECTIVES: dict[str, Make] = {
     ),
     "persistent-cd-tempered": lambda: of_bits(ebm.PersistentCD(6, betas=[1.0, 0.5])),
     "pseudolikelihood": lambda: of_bits(ebm.Pseudolikelihood(2), stirred(ebm.BoltzmannMachine(4))),
-    "ranking-nce": lambda: of_data(ebm.RankingNCE(noise_law(), 3)),
+    "ranking-nce": lambda: of_data(ebm.RankingNCE(noise_distribution(), 3)),
     "ratio-matching": lambda: of_bits(ebm.RatioMatching()),
     "score-matching": lambda: of_data(ebm.ScoreMatching(0.05)),
-    "short-run": lambda: of_data(ebm.ShortRun(5, ebm.langevin(0.02, 0.05), num_chains=7)),
+    "short-run": lambda: of_data(ebm.ShortRun(5, ebm.langevin(0.02, 0.05))),
     "sliced-score-matching": lambda: of_data(ebm.SlicedScoreMatching(2, distribution="rademacher")),
     "sliced-score-matching-finite": lambda: of_data(
         ebm.SlicedScoreMatching(2, finite_difference=0.1),
@@ -798,7 +793,7 @@ VARIATIONAL: dict[str, Make] = {
     "log-variance": lambda: of_flow(by(ebm.LogVariance)),
     "match-flow": matched,
     "reverse-kl": lambda: of_flow(by(ebm.ReverseKL)),
-    "reverse-kl-exact": lambda: of_flow(by(ebm.ReverseKL, entropy="exact", gradient="total")),
+    "reverse-kl-total": lambda: of_flow(by(ebm.ReverseKL, gradient="total")),
     "reverse-kl-redundant": lambda: of_flow(by(ebm.ReverseKL), ebm.RedundantNICE(2, 4, 2, **SMALL)),
     "select-total-dim": selected,
     "svi": lambda: svi(False),
@@ -848,35 +843,35 @@ def tilt(z: Tensor) -> Tensor:
     return 0.3 * z.square().square().sum(-1)
 
 
-def rbm_facts(rbm: Any) -> Any:
+def rbm_values(rbm: Any) -> Any:
     v = rbm.initial(6, seeded(1))
     hidden = rbm.hidden_given(v).mean
-    found = [energy_facts(rbm), rbm.log_likelihood(v), hidden, rbm.visible_given(hidden).mean]
+    found = [energy_values(rbm), rbm.log_likelihood(v), hidden, rbm.visible_given(hidden).mean]
     return found, chains(ebm.BlockGibbs(), rbm.joint(), warmup_steps=5, adaptation=None)
 
 
-def boltzmann_facts(units: str) -> Any:
+def boltzmann_values(units: str) -> Any:
     found = stirred(ebm.BoltzmannMachine(4, 2, units=units))
     v = found.marginal().initial(6, seeded(1))
-    facts = [energy_facts(found), energy_facts(found.marginal()), found.mean_field(v)]
-    return facts, found.variational_bound(v), found.log_likelihood(v)
+    values = [energy_values(found), energy_values(found.marginal()), found.mean_field(v)]
+    return values, found.variational_bound(v), found.log_likelihood(v)
 
 
-def deep_facts(visible: str) -> Any:
+def deep_values(visible: str) -> Any:
     found = stirred(ebm.DeepBoltzmannMachine([4, 3, 2], visible=visible))
     v = found.initial(6, seeded(1))[:, :4]
-    facts = [energy_facts(found), found.mean_field(v), found.variational_bound(v)]
-    return facts, found.log_likelihood(v), chains(ebm.BlockGibbs(), found, warmup_steps=5)
+    values = [energy_values(found), found.mean_field(v), found.variational_bound(v)]
+    return values, found.log_likelihood(v), chains(ebm.BlockGibbs(), found, warmup_steps=5)
 
 
-def belief_facts() -> Any:
+def belief_values() -> Any:
     network, v = belief_network(), bits()
     drawn = network.sample(4, seeded(1), num_steps=5)
     bounds = network.variational_bound(v), network.log_weights(v, 3, seeded(2))
-    return drawn, bounds, network.log_likelihood(v), energy_facts(network.joint())
+    return drawn, bounds, network.log_likelihood(v), energy_values(network.joint())
 
 
-def layers_facts() -> Any:
+def layers_values() -> Any:
     layers = ebm.Layers((normal(3, 2), normal(2, 2, seed=1)), (normal(3), normal(2), normal(2)))
     means = layers.mean_field(layers.pass_up(bits(3)))
     return layers.log_partition(), layers.sample(4, seeded(1)), layers.mix(layers, 0.5), means
@@ -884,8 +879,8 @@ def layers_facts() -> Any:
 
 def of_classes(energy: Any) -> Any:
     x, y = labeled()
-    given = energy_facts(energy.given(1))
-    return energy_facts(energy), energy.class_log_prob(x), energy.joint_energy(x, y), given
+    given = energy_values(energy.given(1))
+    return energy_values(energy), energy.class_log_prob(x), energy.joint_energy(x, y), given
 
 
 def on_a_path() -> Any:
@@ -893,57 +888,57 @@ def on_a_path() -> Any:
     return path(normal(3, 2)), path.slope(normal(3, 2))
 
 
-def lattice_facts(lattice: Energy) -> Any:
-    return energy_facts(lattice), chains(ebm.BlockGibbs(), lattice, warmup_steps=5)
+def lattice_values(lattice: Energy) -> Any:
+    return energy_values(lattice), chains(ebm.BlockGibbs(), lattice, warmup_steps=5)
 
 
 ENERGIES: dict[str, Make] = {
-    "bernoulli-rbm": lambda: rbm_facts(machine()),
-    "boltzmann-bits": lambda: boltzmann_facts("bits"),
-    "boltzmann-spins": lambda: boltzmann_facts("spins"),
+    "bernoulli-rbm": lambda: rbm_values(machine()),
+    "boltzmann-bits": lambda: boltzmann_values("bits"),
+    "boltzmann-spins": lambda: boltzmann_values("spins"),
     "classifier": lambda: of_classes(classifier_energy()),
-    "compose": lambda: energy_facts(
+    "compose": lambda: energy_values(
         ebm.compose([machine(), stirred(ebm.BernoulliRBM(3, 2), seed=6)]),
     ),
-    "compressed": lambda: energy_facts(ebm.LogRegularized(ebm.LennardJones("once", 4), 5.0)),
-    "conditioned": lambda: energy_facts(
+    "compressed": lambda: energy_values(ebm.LogRegularized(ebm.LennardJones("once", 4), 5.0)),
+    "conditioned": lambda: energy_values(
         ebm.Conditioned(ebm.Phi4(6), torch.zeros(6), torch.arange(6) < 2),
     ),
-    "conv": lambda: energy_facts(
+    "conv": lambda: energy_values(
         stirred(ebm.ConvEnergy((2, 5, 4), (4, 6), scale=2.0, generator=seeded(1))),
     ),
-    "deep-belief": belief_facts,
-    "deep-boltzmann": lambda: deep_facts("bits"),
-    "deep-boltzmann-gaussian": lambda: deep_facts("gaussian"),
-    "distribution": lambda: energy_facts(ebm.DistributionEnergy(dist.Gamma(2.0, torch.ones(())))),
-    "feature-latent": lambda: energy_facts(latent_energy()),
-    "feature-latent-joint": lambda: energy_facts(latent_energy().joint()),
-    "gaussian-rbm-cho": lambda: rbm_facts(stirred(ebm.GaussianRBM(2, 3, convention="cho"))),
-    "gaussian-rbm-hinton": lambda: rbm_facts(stirred(ebm.GaussianRBM(2, 3))),
-    "ising": lambda: lattice_facts(ebm.Ising((4, 4), 0.3, 0.1)),
-    "ising-open": lambda: energy_facts(ebm.Ising((5,), 0.3, 0.1, periodic=False)),
-    "layers": layers_facts,
-    "mlp": lambda: energy_facts(perceptron()),
-    "mlp-spectral": lambda: energy_facts(
+    "deep-belief": belief_values,
+    "deep-boltzmann": lambda: deep_values("bits"),
+    "deep-boltzmann-gaussian": lambda: deep_values("gaussian"),
+    "distribution": lambda: energy_values(ebm.DistributionEnergy(dist.Gamma(2.0, torch.ones(())))),
+    "feature-latent": lambda: energy_values(latent_energy()),
+    "feature-latent-joint": lambda: energy_values(latent_energy().joint()),
+    "gaussian-rbm-cho": lambda: rbm_values(stirred(ebm.GaussianRBM(2, 3, convention="cho"))),
+    "gaussian-rbm-hinton": lambda: rbm_values(stirred(ebm.GaussianRBM(2, 3))),
+    "ising": lambda: lattice_values(ebm.Ising((4, 4), 0.3, 0.1)),
+    "ising-open": lambda: energy_values(ebm.Ising((5,), 0.3, 0.1, periodic=False)),
+    "layers": layers_values,
+    "mlp": lambda: energy_values(perceptron()),
+    "mlp-spectral": lambda: energy_values(
         stirred(ebm.MLPEnergy((3,), (8, 8), spectral_norm=True, generator=seeded(1))),
     ),
-    "mlp-spins": lambda: energy_facts(
+    "mlp-spins": lambda: energy_values(
         stirred(ebm.MLPEnergy((3,), (8,), support=ebm.spin, scale=None, generator=seeded(1))),
     ),
-    "model": lambda: energy_facts(ebm.ModelEnergy(two_site_model, normal(5, seed=9))),
-    "neural": lambda: energy_facts(
+    "model": lambda: energy_values(ebm.ModelEnergy(two_site_model, normal(5, seed=9))),
+    "neural": lambda: energy_values(
         ebm.NeuralEnergy(ebm.mlp(3, 1, (8,), generator=seeded(1)), (3,), scale=2.0),
     ),
     "path": on_a_path,
-    "potts": lambda: lattice_facts(ebm.Potts((4, 4), 3, 0.3)),
-    "product-of-experts": lambda: energy_facts(product_energy()),
-    "relaxed": lambda: energy_facts(ebm.Relaxed(ebm.Ising((3, 3), 0.3))),
-    "sum": lambda: energy_facts(ebm.Sum(wells(), ebm.Gaussian(torch.zeros(2)))),
-    "tempered": lambda: energy_facts(ebm.Tempered(wells(), 0.5)),
-    "tied-rbm": lambda: energy_facts(ebm.TiedRBM(machine(), (2, 1))),
-    "tilted": lambda: energy_facts(ebm.Tilted(ebm.Gaussian(torch.zeros(2)), tilt)),
-    "unconstrained": lambda: energy_facts(ebm.Unconstrained(ebm.Dirichlet([0.8, 2.0, 1.5]))),
-    "unnormalized": lambda: energy_facts(ebm.Unnormalized(lambda x: -(x**4))),
+    "potts": lambda: lattice_values(ebm.Potts((4, 4), 3, 0.3)),
+    "product-of-experts": lambda: energy_values(product_energy()),
+    "relaxed": lambda: energy_values(ebm.Relaxed(ebm.Ising((3, 3), 0.3))),
+    "sum": lambda: energy_values(ebm.Sum(wells(), ebm.Gaussian(torch.zeros(2)))),
+    "tempered": lambda: energy_values(ebm.Tempered(wells(), 0.5)),
+    "tied-rbm": lambda: energy_values(ebm.TiedRBM(machine(), (2, 1))),
+    "tilted": lambda: energy_values(ebm.Tilted(ebm.Gaussian(torch.zeros(2)), tilt)),
+    "unconstrained": lambda: energy_values(ebm.Unconstrained(ebm.Dirichlet([0.8, 2.0, 1.5]))),
+    "unnormalized": lambda: energy_values(ebm.Unnormalized(lambda x: -(x**4))),
 }
 
 
@@ -964,27 +959,26 @@ PARTITION: dict[str, Make] = {
     "ais-continuous": lambda: ebm.ais(wells(), ebm.Gaussian(torch.zeros(2), scale=2.0), **SHORT),
     "ais-ising": lambda: ebm.ais(ebm.Ising((3, 3), 0.3), **SHORT),
     "bidirectional_ais": both_ways,
-    "bridge": lambda: ebm.bridge(wells(), base=ebm.Gaussian(torch.zeros(2)), num_samples=100),
+    "bridge": lambda: ebm.bridge(wells(), ebm.Gaussian(torch.zeros(2)), num_samples=100),
     "exact": lambda: ebm.exact(ebm.Ising((3, 3), 0.3) * 1.0),
     "exact-deep": lambda: ebm.exact(deep_machine()),
     "expectation": lambda: ebm.expectation(ebm.DoubleWell(), lambda x: torch.stack([x, x * x], -1)),
     "importance": lambda: (
         ebm.importance_sample(dist.StudentT(5.0, 0.0, 1.0), ebm.Gaussian(0.0), 300).log_z
     ),
-    "independent-layers": lambda: energy_facts(
+    "independent-layers": lambda: energy_values(
         ebm.IndependentLayers(ebm.base_rates(machine(), bits()), machine()),
     ),
-    "independent-sites": lambda: energy_facts(ebm.IndependentSites(ebm.Potts((3, 3), 3))),
+    "independent-sites": lambda: energy_values(ebm.IndependentSites(ebm.Potts((3, 3), 3))),
     "layered-path": layered_path,
     "quadrature": lambda: ebm.quadrature(wells()),
     "reverse-ais": lambda: ebm.reverse_ais(machine(), **SHORT),
-    "schedule": lambda: ebm.schedule(machine(), 4, pilot=10, num_chains=6),
+    "schedule": lambda: ebm.schedule(machine(), num_temperatures=4),
     "smc": lambda: ebm.smc(machine(), num_particles=32),
     "smc-continuous": lambda: ebm.smc(
         wells(),
         ebm.Gaussian(torch.zeros(2), scale=2.0),
         num_particles=32,
-        num_moves=1,
     ),
     "thermodynamic-integration": lambda: ebm.thermodynamic_integration(
         machine(),
@@ -1016,7 +1010,7 @@ def resumed_training(folder: Path) -> Any:
 
 
 def fine_tuned(model: Any) -> Any:
-    classifier, labels = ebm.Classifier(model, 3, num_sweeps=5), torch.arange(16) % 3
+    classifier, labels = ebm.Classifier(model, 3), torch.arange(16) % 3
     options = {"num_epochs": 2, "batch_size": 8, "progress": False}
     history = ebm.fit(classifier, ebm.CrossEntropy(), (bits(), labels), **options)
     return history["loss"], classifier, classifier.error(bits(), labels)
@@ -1028,7 +1022,7 @@ def completed(model: Any, observed: Tensor) -> Tensor:
 
 
 def rolled_back() -> Any:
-    guard = ebm.Guard(rollback=True, every=2, max_rollbacks=50, max_energy_gap=0.6)
+    guard = ebm.Guard(rollback=True, max_rollbacks=50, max_energy_gap=0.6)
     objective, options = ebm.PersistentCD(8), {"guard": guard, "num_steps": 8}
     return trained(objective, stirred(ebm.BernoulliRBM(4, 3), 1.0), bits(), **options)
 
@@ -1069,9 +1063,9 @@ TRAINING: dict[str, Make] = {
 
 
 def boltzmann_distribution() -> Any:
-    law = ebm.Boltzmann(ebm.DoubleWell())
-    start = ebm.initial_states(lambda: pyro.sample("x", law))
-    return law.sample((5,)), law.log_prob(normal(5)), start()
+    distribution = ebm.Boltzmann(ebm.DoubleWell())
+    start = ebm.initial_states(lambda: pyro.sample("x", distribution))
+    return distribution.sample((5,)), distribution.log_prob(normal(5)), start()
 
 
 def potential() -> Any:
@@ -1088,8 +1082,8 @@ def streaming() -> Any:
 
 def chain_statistics() -> Any:
     draws, weights = normal(4, 50, 2), normal(200)
-    facts = [ebm.r_hat(draws), ebm.ess_bulk(draws), ebm.ess_tail(draws), ebm.mcse_mean(draws)]
-    return facts, ebm.bfmi(draws[..., 0]), ebm.pareto_k(weights)
+    values = [ebm.r_hat(draws), ebm.ess_bulk(draws), ebm.ess_tail(draws), ebm.mcse_mean(draws)]
+    return values, ebm.bfmi(draws[..., 0]), ebm.pareto_k(weights)
 
 
 def distances() -> Any:
@@ -1137,8 +1131,8 @@ def recipe(name: str) -> Any:
         ran = subprocess.run(command, cwd=ROOT, env=more, text=True, capture_output=True)
         if ran.returncode:
             raise RuntimeError("\n".join(ran.stderr.splitlines()[-3:]))
-        facts = json.loads(Path(out, "metrics.json").read_text(encoding="utf-8"))
-    return timeless(facts["metrics"]), json.dumps(facts["config"], sort_keys=True)
+        values = json.loads(Path(out, "metrics.json").read_text(encoding="utf-8"))
+    return timeless(values["metrics"]), json.dumps(values["config"], sort_keys=True)
 
 
 def demo(out: Path) -> Any:
@@ -1169,10 +1163,10 @@ def as_it_is(found: Any) -> Any:
 
 CASES: dict[str, Make] = {
     **each("adaptation", ADAPTATION, as_it_is),
-    **each("base", BASES, base_facts),
+    **each("base", BASES, base_values),
     **each("discrete", DISCRETE, as_it_is),
     **each("energy", ENERGIES, as_it_is),
-    **each("flow", FLOWS, flow_facts),
+    **each("flow", FLOWS, flow_values),
     **each("flow-use", FLOW_USES, as_it_is),
     **each("kernel", CONTINUOUS, lambda kernel: chains(kernel, wells())),
     **each("kernel-untuned", CONTINUOUS, lambda kernel: untuned(kernel, wells())),
@@ -1180,9 +1174,9 @@ CASES: dict[str, Make] = {
     **each("other", OTHER, as_it_is),
     **each("partition", PARTITION, as_it_is),
     **each("sampling", SAMPLING, as_it_is),
-    **each("target", TARGETS, target_facts),
+    **each("target", TARGETS, target_values),
     **each("training", TRAINING, as_it_is),
-    **each("transform", TRANSFORMS, transform_facts),
+    **each("transform", TRANSFORMS, transform_values),
     **each("variational", VARIATIONAL, as_it_is),
     **each("recipe", RECIPES, as_it_is),
 }

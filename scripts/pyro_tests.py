@@ -45,7 +45,17 @@ MODULES = (
 )
 
 #: Tests that fail, with wildcards, and the reason in one sentence.
-EXPECTED: dict[str, str] = {}
+EXPECTED = {
+    "test_hmc.py::test_hmc_conjugate_gaussian*": "the test takes the draws from the result of"
+    " `run`, which is None in Pyro too (Pyro skips it)",
+    "test_hmc.py::test_singular_matrix_catch*": "it writes into the private `_cache` of Pyro's HMC",
+    "test_mcmc_util.py::test_model_with_subsample?5?": "the model is refused, with a ValueError"
+    " where Pyro has a NotImplementedError",
+    "test_nuts.py::test_gamma_beta*": "the data of this seed have a posterior mean of 4.83, and"
+    " the test wants 5.0 within 0.08: Pyro's own classes fail too",
+    "test_nuts.py::test_arrowhead_mass": "it reads the blocks of Pyro's arrowhead mass matrix; a"
+    " dense one is adapted instead, with a warning",
+}
 
 #: What a test can be, in the order of the table.
 KINDS = ("passed", "failed as expected", "failed")
@@ -54,11 +64,11 @@ KINDS = ("passed", "failed as expected", "failed")
 class Reached:
     """A plugin: our classes in Pyro's modules, and the tests that construct one of them."""
 
-    def __init__(self, seed: int, seconds: int, test_folder: Path) -> None:
-        self.seed, self.seconds, self.folder = seed, seconds, test_folder
+    def __init__(self, seed: int, seconds: int, theirs: bool) -> None:
+        self.seed, self.seconds = seed, seconds
         self.current = ""
         self.results: dict[str, dict[str, Any]] = {}
-        for name, ours in CLASSES.items():
+        for name, ours in CLASSES.items() if not theirs else ():
             ours.__init__ = self._noted(ours.__init__)
             for module in MODULES:
                 if hasattr(module, name):
@@ -164,18 +174,25 @@ def main() -> int:
     parser.add_argument("-k", dest="expression", default="", help="as pytest's -k")
     parser.add_argument("--seed", type=int, default=0, help="seed of each test")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for one test")
+    parser.add_argument(
+        "--theirs", action="store_true", help="Pyro's own classes, to compare with; writes nothing"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "pyro_tests.json")
     parser.add_argument("--table", action="store_true", help=f"write the table of {PAGE.name}")
     options = parser.parse_args()
     folder = options.checkout.resolve() / "tests" / "infer" / "mcmc"
     if not folder.is_dir():
-        parser.error(f"{folder} is not a folder: give a checkout of https://github.com/pyro-ppl/pyro")
-    plugin = Reached(options.seed, options.timeout, folder)
+        parser.error(
+            f"{folder} is not a folder: give a checkout of https://github.com/pyro-ppl/pyro"
+        )
+    plugin = Reached(options.seed, options.timeout, options.theirs)
     arguments = [str(folder / name) for name in options.files] or [str(folder)]
     # Pyro's settings make a warning a failure; ours say what is slow or ignored, and Pyro's own
     # classes have no counterpart of them.
     arguments += ["-q", "-p", "no:cacheprovider", "-W", "default::RuntimeWarning", "--tb=short"]
     code = pytest.main([*arguments, "-k", options.expression], plugins=[plugin])
+    if options.theirs:
+        return int(code)
     results = {}
     with contextlib.suppress(FileNotFoundError):
         results = json.loads(options.json.read_text())["tests"]
@@ -186,8 +203,8 @@ def main() -> int:
     print(table_of(results))
     if options.table:
         text = re.sub(
-            r"(?s)(<!-- pyro-tests -->\n).*(\n<!-- /pyro-tests -->)",
-            lambda found: found[1] + table_of(results) + found[2],
+            r"(?s)(<!-- pyro-tests -->\n).*(<!-- /pyro-tests -->)",
+            lambda found: f"{found[1]}{table_of(results)}\n{found[2]}",
             PAGE.read_text(),
         )
         PAGE.write_text(text)

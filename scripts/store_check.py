@@ -16,6 +16,7 @@ import numpy as np
 
 from pyroebm import MALA, MCMC, open_run
 from pyroebm.core.statistics import arviz
+from pyroebm.mcmc import sampler as sampler_module
 from pyroebm.targets import DoubleWell
 
 
@@ -31,7 +32,8 @@ def main(folder: str, role: str = "parent") -> int:
     """
     store = Path(folder) / "store"
     if role == "child":
-        sampler().run(DoubleWell(), store=store, checkpoint_every=0.0)
+        sampler_module.CHECKPOINT_EVERY = 0.0  # after every turn of the chain batches
+        sampler().run(DoubleWell(), store=store)
         return 0
     with subprocess.Popen([sys.executable, __file__, folder, "child"]) as child:
         while len(list(store.glob("*-draws-*.nc"))) < 4:

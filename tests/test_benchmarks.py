@@ -25,6 +25,7 @@ from benchmarks import (
     boltzmann,
     flows,
     metrics,
+    pyro_examples,
     samplers,
     starts,
     stopwatch,
@@ -34,6 +35,8 @@ from benchmarks import (
 )
 from benchmarks.suite import additive, answers, cases, fitters, in_pyro
 from benchmarks.suite.cases import Array
+from benchmarks.suite.example_models import EXAMPLES
+from benchmarks.suite.example_worker import run_example
 from benchmarks.suite.flow_cases import FLOW_CASES, Counted, judge
 from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs, worst_z
 from benchmarks.suite.posteriordb import DENSITIES, posteriordb_cases
@@ -289,6 +292,7 @@ def test_docs_page_is_what_the_results_make() -> None:
         "nice",
         "starts",
         "stopwatch",
+        "examples",
         "metrics",
         "truth",
         "efficiency",
@@ -881,3 +885,91 @@ def test_truth_that_is_an_estimate_has_an_error() -> None:
     assert worst_z(off, draws) == pytest.approx(expected)
     assert 2.9 < expected < 3.0
     assert worst_z(dataclasses.replace(case, truth=None), exact_run(1).draws) is None
+
+
+def example_answer(seconds: float, means: list[float]) -> dict[str, Any]:
+    """What the worker says of a run of an example."""
+    return {
+        "seconds": seconds,
+        "cpu_share": 1.0,
+        "labels": ["a[0]", "a[1]"],
+        "means": means,
+        "errors": [0.3, 0.4],
+        "min_ess": 500.0,
+        "worst_r_hat": 1.01,
+        "pinned": True,
+        "version": "1.2",
+    }
+
+
+def test_examples_are_compared_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clocks = {"pyro": [90.0], "pyroebm": [20.0, 10.0]}
+    means = {"pyro": [1.0, 2.0], "pyroebm": [1.5, 2.0]}
+    asked: list[dict[str, Any]] = []
+
+    def in_process(module: str, content: Any, environment: Any, limit: float) -> Any:
+        asked.append(content)
+        library = content["library"]
+        if content["name"] == "lkj":
+            return None, "no luck"
+        return example_answer(clocks[library].pop(0), means[library]), None
+
+    monkeypatch.setattr(pyro_examples, "in_process", in_process)
+    arguments = ["--out", str(tmp_path), "--case", "eight_schools", "--case", "lkj"]
+    monkeypatch.setattr(sys, "argv", ["pyro_examples", *arguments])
+    assert pyro_examples.main() == 1
+    said = capsys.readouterr().out
+    assert "FAILED: pyroebm: no luck" in said
+    assert "4.50 and 9.00 times Pyro's speed, means within 1.18 standard errors" in said
+    assert [(a["library"], a["num_samples"], a["scale"]) for a in asked[:3]] == [
+        ("pyroebm", 1000, 1),
+        ("pyroebm", 1000, 1),
+        ("pyro", 250, 4),
+    ]
+    rows = tables.read_rows(tmp_path)
+    check_rows(rows)
+    text = tables.examples_table(rows)
+    line = next(line for line in text.splitlines() if "eight schools" in line)
+    cells = [cell.strip() for cell in line.split("|")][2:8]
+    assert cells == ["4 x (1000 + 1000), Pyro draws 1/4", "90.0", "20.0", "4.50", "10.0", "9.00"]
+    assert "more than a minute on 1 of 1 examples" in text
+    assert "on 1 of these" in text
+    assert tables.examples_table([]) == tables.NOTHING
+    monkeypatch.setattr(sys, "argv", ["pyro_examples", *arguments, "--resume"])
+    asked.clear()
+    pyro_examples.main()
+    assert [a["name"] for a in asked] == ["lkj"]
+
+
+def test_examples_of_different_entries_are_not_compared() -> None:
+    ours = example_answer(1.0, [0.0, 1.0])
+    with pytest.raises(ValueError, match="must have the same entries"):
+        pyro_examples.largest_difference(ours, ours | {"labels": ["b[0]", "b[1]"]})
+
+
+def test_an_example_has_known_means_with_both_libraries() -> None:
+    """The posterior of the die is Dirichlet(1 + throws)."""
+    throws = np.array([2, 1, 9, 1, 14, 3])
+    exact = (1 + throws) / (6 + throws.sum())
+    for library in ("pyro", "pyroebm"):
+        found = run_example("die_counts", library, 2, 100, 100, seed=1, scale=2)
+        within_se(found["means"], exact, found["errors"], what=library)
+        assert found["seconds"] > 0.0
+        assert found["worst_r_hat"] < 1.2
+
+
+def test_densities_of_the_examples_are_finite_where_they_start() -> None:
+    """Each model is built; the model of an epidemic starts where its density is not 0."""
+    pyro.set_rng_seed(0)
+    for name, example in EXAMPLES.items():
+        if name == "neutra":  # trains a flow first
+            continue
+        problem = example.make(2)
+        if problem.model is None:
+            continue
+        start = problem.kernel.get("init_strategy", pyro.infer.autoguide.init_to_median)
+        model = pyro.infer.autoguide.initialization.InitMessenger(start)(problem.model)
+        trace = pyro.poutine.trace(model).get_trace(*problem.args)
+        assert math.isfinite(float(trace.log_prob_sum())), name

@@ -35,6 +35,50 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "self.count / seconds",
         "tests/core/test_progress.py",
     ),
+    "predictive draws share their random numbers": (
+        "core/rowwise.py",
+        'batched, randomness="different", chunk_size=chunk_size',
+        'batched, randomness="same", chunk_size=chunk_size',
+        "tests/infer/test_predictive.py",
+    ),
+    "a number drawn in place is one for all draws": (
+        "core/rowwise.py",
+        'if getattr(func, "__name__", "") in _RANDOM or any(',
+        "if any(",
+        "tests/infer/test_predictive.py",
+    ),
+    "draws of NumPy are shared": (
+        "core/rowwise.py",
+        "if _foreign_generators() != generators:",
+        "if False:",
+        "tests/infer/test_predictive.py",
+    ),
+    "discrete latents ignore the draws": (
+        "diagnostics/pyro_model.py",
+        "model = poutine.condition(call.model, dict(values))",
+        "model = poutine.condition(handler(call.model) if handler else call.model, dict(values))",
+        "tests/infer/test_predictive.py",
+    ),
+    "likelihoods without masks and scales": (
+        "diagnostics/pyro_model.py",
+        'site["log_prob"], site["log_prob"].new_empty',
+        'site["unscaled_log_prob"], site["log_prob"].new_empty',
+        "tests/diagnostics/test_pyro_model.py",
+    ),
+    "chain 10 comes before chain 2": (
+        "diagnostics/pyro_model.py",
+        'for chain, at in diagnostics["divergences"].items():\n'
+        '            stats["diverging"][int(chain.split()[-1]), at] = True',
+        'for row, chain in enumerate(sorted(diagnostics["divergences"])):\n'
+        '            stats["diverging"][row, diagnostics["divergences"][chain]] = True',
+        "tests/diagnostics/test_pyro_model.py",
+    ),
+    "a plate of another size names a dimension": (
+        "diagnostics/pyro_model.py",
+        "if batch[at] == frame.size:",
+        "if True:",
+        "tests/diagnostics/test_pyro_model.py",
+    ),
     "fit shows no progress": (
         "training/trainer.py",
         'with Progress(self.num_steps, "fit", show=show, done=self.steps_done) as shown:',
@@ -255,6 +299,30 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "core/saving.py",
         "and self.same(_bound_values(a), _bound_values(b))",
         "",
+        "tests/core/test_saving.py",
+    ),
+    "a state outside of the support has a density": (
+        "core/energy.py",
+        "torch.where(valid, -self(torch.where(rows, x, x[valid][0])), -math.inf)",
+        "-self(torch.where(rows, x, x[valid][0]))",
+        "tests/core/test_arrays.py",
+    ),
+    "a checkpoint does not know its data": (
+        "training/trainer.py",
+        '"data": _fingerprint(self._batches),',
+        '"data": None,',
+        "tests/training/test_training.py",
+    ),
+    "a checkpoint does not know the target of a flow": (
+        "training/checkpoint.py",
+        'found[f"{name}.tensors"] = checksum(kept)',
+        "pass",
+        "tests/training/test_training.py",
+    ),
+    "a size loads as a tuple": (
+        "core/saving.py",
+        "return torch.Size(content)",
+        "return tuple(content)",
         "tests/core/test_saving.py",
     ),
     "a file's group is read whole": (

@@ -43,8 +43,14 @@ def check_shape(name: str, x: Tensor, event_shape: torch.Size) -> torch.Size:
     """Return the batch shape of ``x``.
 
     Raises:
-        ValueError: unless the last dimensions of ``x`` are ``event_shape``.
+        ValueError: unless ``x`` is a tensor whose last dimensions are ``event_shape``.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"x must be a tensor of states ({name}), got {type(x).__name__}: convert it by"
+            " torch.as_tensor(x, dtype=energy.dtype), or call energy.score_samples(x), which takes"
+            " NumPy arrays"
+        )
     cut = x.dim() - len(event_shape)
     if cut < 0 or tuple(x.shape[cut:]) != tuple(event_shape):
         raise ValueError(

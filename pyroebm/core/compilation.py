@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroebm.core._torch_private import FixedShapes, compile_graph, record_calls
-from pyroebm.core.energy import Energy, View, unchecked_value_and_grad
+from pyroebm.core.energy import Energy, SharesLogZ, View, unchecked_value_and_grad
 from pyroebm.core.rowwise import RowsFailAlone
 
 __all__ = [
@@ -67,6 +67,14 @@ _SAVED_FRACTION = 0.8
 _FEW_GRADIENTS = 2000
 
 
+def _example(energy: Energy, count: int) -> Tensor:
+    """Return states to capture an energy with, zeros if none of finite energy is found."""
+    try:
+        return energy.initial(count, torch.Generator(energy.device).manual_seed(0))
+    except ValueError:  # the run starts from states of the user
+        return torch.zeros(count, *energy.event_shape, dtype=energy.dtype, device=energy.device)
+
+
 class Captured(NamedTuple):
     """Value and gradient of a batch as a graph of tensor operations, with the tensors it holds.
 
@@ -84,7 +92,7 @@ class Captured(NamedTuple):
             ValueError: if random numbers are drawn.
         """
         count = shape[: len(shape) - len(energy.event_shape)].numel()
-        x = energy.initial(count, torch.Generator(energy.device).manual_seed(0)).reshape(shape)
+        x = _example(energy, count).reshape(shape)
 
         def traced(x: Tensor) -> tuple[Tensor, Tensor]:
             # a distribution that validates its arguments would branch on the values of the batch
@@ -120,7 +128,7 @@ class Captured(NamedTuple):
         )
 
 
-class CompiledView(View):
+class CompiledView(SharesLogZ, View):
     """Base class of compiled energies; everything but the compiled part is passed on to the energy.
 
     Example:
@@ -128,16 +136,6 @@ class CompiledView(View):
         >>> isinstance(Compiled(DoubleWell()), CompiledView)
         True
     """
-
-    @property
-    def log_z(self) -> float | None:
-        """Log of the normalizing constant of the energy, in nats; None where it is not known."""
-        return self.energy.log_z
-
-    @property
-    def has_exact_draws(self) -> bool:
-        """Whether the energy can be sampled exactly."""
-        return self.energy.has_exact_draws
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         return self.energy.sample(num_samples, generator)
@@ -570,7 +568,7 @@ def _compiled_loops(energy: Energy, must: bool, say: Callable[[str], None]) -> E
     say("compiling the kernel, up to a minute, once for this energy")
     # a later function may fail although this one compiles: it warns if ``must`` is False
     view = Compiled(energy, must)
-    view.attempt(_probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {})
+    view.attempt(_probe, (_example(energy, 2),), {})
     return view
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
@@ -24,6 +25,7 @@ from pyroebm.core._checks import (
     check_values,
     no_gradient,
 )
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.conditionals import (
     Index,
     blocks_of,
@@ -34,6 +36,7 @@ from pyroebm.core.conditionals import (
 from pyroebm.core.saving import Saveable
 from pyroebm.core.supports import (
     draw_initial,
+    inside,
     is_discrete,
     same_support,
     search_finite,
@@ -42,6 +45,7 @@ from pyroebm.core.supports import (
 
 __all__ = [
     "Energy",
+    "SharesLogZ",
     "Sum",
     "Tempered",
     "View",
@@ -57,10 +61,11 @@ class Energy(Saveable):
     A subclass defines :meth:`forward` and the shape of one event (LeCun et al., "A Tutorial on
     Energy-Based Learning", 2006).
 
-    Sums, tempered and conditioned energies and other wrappers pass on what an energy can do beyond
-    evaluation: exact draws and ``log_z`` where they are known, the conditionals of sites
-    (:meth:`site_logits`) and of Gibbs blocks (:class:`pyroebm.core.conditionals.HasBlocks`),
-    minibatches (:meth:`subsample`), and the names of its variables (:meth:`named`).
+    An energy that wraps others passes on what remains valid. Changes of variables and compiled
+    energies keep ``log_z`` and independent draws. Sums, tempered and conditioned energies do not;
+    they keep the conditionals of sites (:meth:`site_logits`) and of Gibbs blocks
+    (:class:`pyroebm.core.conditionals.HasBlocks`). All keep minibatches (:meth:`subsample`) and the
+    names of variables (:meth:`named`).
 
     Args:
         event_shape: shape of one event; ``()`` for a scalar variable. A class attribute of the
@@ -171,6 +176,26 @@ class Energy(Saveable):
         check_same(type(self).__name__, "dtype", self.dtype, name, x.dtype)
         check_same(type(self).__name__, "device", self.device, name, x.device)
 
+    def as_states(self, x: Tensor | np.ndarray, name: str = "x") -> Tensor:
+        """Return states as a tensor; a NumPy array is converted to the energy's dtype and device.
+
+        Args:
+            x: states, shape ``(*batch, *event)``.
+            name: name of the argument in error messages.
+
+        Raises:
+            ValueError: as :meth:`check_states`, or if ``x`` is neither a tensor nor an array.
+
+        Example:
+            >>> from pyroebm.targets import DoubleWell
+            >>> DoubleWell().as_states(np.zeros(2))
+            tensor([0., 0.])
+        """
+        self._check_made()
+        states = as_tensor(x, self.dtype, self.device, name)
+        self.check_states(states, name)
+        return states
+
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw starting states of finite energy, shape ``(num_chains, *event)``.
 
@@ -252,7 +277,7 @@ class Energy(Saveable):
         """The energy that identifies this one in caches: itself, or the one that a view wraps."""
         return self
 
-    def log_ratio(self, x1: Tensor, x2: Tensor) -> Tensor:
+    def log_ratio(self, x1: Tensor | np.ndarray, x2: Tensor | np.ndarray) -> Tensor:
         r"""Return :math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which does not depend on Z.
 
         Args:
@@ -262,36 +287,56 @@ class Energy(Saveable):
         Returns:
             shape of the common batch.
         """
-        return self(x2) - self(x1)
+        return self(self.as_states(x2, "x2")) - self(self.as_states(x1, "x1"))
 
-    def score_samples(self, x: Tensor) -> Tensor:
+    def score_samples(self, x: Tensor | np.ndarray) -> Tensor:
         r"""Return the log-density, normalized if log Z is known.
 
         It is :math:`\log p(x) = -E(x) - \log Z` if ``log_z`` is known, else :math:`-E(x)`, in nats.
-        The name is that of scikit-learn's density estimators.
+        Outside the support it is :math:`-\infty`, as ``logpdf`` and ``logpmf`` of SciPy are, and
+        NaN for an event with a NaN; the energy is not evaluated there. The name is that of
+        scikit-learn's density estimators.
 
         Args:
-            x: events, shape ``(*batch, *event)``.
+            x: events, shape ``(*batch, *event)``, of the energy's dtype, or a NumPy array.
 
         Returns:
             shape ``(*batch)``.
 
+        Raises:
+            ValueError: if ``x`` has another shape, dtype or device.
+
         Example:
-            >>> from pyroebm.targets import Gaussian
+            >>> from pyroebm.targets import Exponential, Gaussian
             >>> Gaussian(0.0).score_samples(torch.tensor([0.0]))  # -log(2 pi) / 2
             tensor([-0.9189])
+            >>> Exponential().score_samples(torch.tensor([1.0, -1.0]))
+            tensor([-1., -inf])
         """
+        x = self.as_states(x)
+        dims = len(self.event_shape)
+        valid = inside(self.support, x, dims)
+        if not bool(valid.any()):
+            values = x.new_full(valid.shape, -math.inf)
+        else:
+            # A state outside is replaced by one inside: an energy need not be defined there, and
+            # may have a parameter for each row, so that rows are not dropped.
+            rows = valid[(..., *[None] * dims)]
+            values = torch.where(valid, -self(torch.where(rows, x, x[valid][0])), -math.inf)
+        missing = torch.isnan(x).flatten(-dims).any(-1) if dims else torch.isnan(x)
+        values = torch.where(missing, math.nan, values)
         log_z = self.log_z
-        return -self(x) if log_z is None else -self(x) - log_z
+        return values if log_z is None else values - log_z
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables, each ``(*batch, *shape)``.
+
+        It is ``"x"`` for an energy of one variable, as here.
 
         Args:
             x: states, shape ``(*batch, *event)``.
-            site: name of the variable if the energy has only one, as here.
         """
-        return {site: x}
+        return {"x": x}
 
     def __add__(self, other: Energy) -> Sum:
         return Sum(self, other) if isinstance(other, Energy) else NotImplemented
@@ -381,9 +426,9 @@ class Sum(Energy):
         """Return an unbiased estimate of the energy on a random minibatch."""
         return Sum(*[part.subsample(generator) for part in self._parts])
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self._parts[0].named(x, site)
+        return self._parts[0].named(x)
 
 
 class View(Energy):
@@ -409,9 +454,35 @@ class View(Energy):
         """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.energy.initial(num_chains, generator)
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self.energy.named(x, site)
+        return self.energy.named(x)
+
+
+class SharesLogZ(Energy):
+    """Base class of energies with the log Z of another one, which has other coordinates.
+
+    They have exact draws where ``energy`` has them.
+
+    Example:
+        >>> from pyroebm.core.wrappers import unconstrain
+        >>> from pyroebm.targets import Exponential
+        >>> energy = unconstrain(Exponential())
+        >>> isinstance(energy, SharesLogZ), energy.log_z == energy.energy.log_z
+        (True, True)
+    """
+
+    energy: Energy
+
+    @property
+    def log_z(self) -> float | None:
+        """Log of the normalizing constant of ``energy``, in nats; None where it is not known."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether ``energy`` can be sampled exactly."""
+        return self.energy.has_exact_draws
 
 
 class Tempered(View):

@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +29,7 @@ __all__ = [
     "FileError",
     "SafetensorError",
     "append_line",
+    "checksum",
     "from_bytes",
     "read_arrays",
     "read_bytes",
@@ -202,6 +204,21 @@ def _checksums(path: Path) -> tuple[bytes, bytes, int]:
     return stored[0], content.hexdigest().encode(), 8 + stored.start()
 
 
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Return a checksum of the shapes, dtypes and entries of tensors, 16 hexadecimal digits.
+
+    Example:
+        >>> checksum([torch.zeros(2)]) == checksum([torch.zeros(1), torch.zeros(1)])
+        False
+    """
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        entries = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(entries.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Return the safetensors file of tensors as bytes, to send to another process."""
     return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -280,7 +297,7 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-def write_figure(path: Path, figure: Any, dpi: int = 150) -> None:
+def write_figure(path: Path, figure: Any) -> None:
     """Write a matplotlib figure in the format given by the file's suffix."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:])
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])

@@ -70,9 +70,9 @@ class MinibatchEnergy(Energy):
         """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.prior.initial(num_chains, generator)
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self.prior.named(x, site)
+        return self.prior.named(x)
 
     def on(self, rows: Tensor) -> MinibatchEnergy:
         r"""Return :math:`\hat E` on the data numbered ``rows``, shape ``(n,)``."""

@@ -36,7 +36,6 @@ class Progress:
         unit: name of one unit, in the singular.
         show: True shows progress from the start, False never, None as described above.
         done: units that were done before; the rate does not count them.
-        clock: a monotonic clock, in seconds.
 
     Example:
         >>> with Progress(3, "sampling", "draw") as progress:
@@ -55,7 +54,6 @@ class Progress:
         show: bool | None = None,
         *,
         done: int = 0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = total
         self.label = label
@@ -64,14 +62,13 @@ class Progress:
         #: Units done so far.
         self.count = done
         self._done = done
-        self._clock = clock
         self._notes: dict[str, Note] = {}
         self._display: _Display | None = None
         self._shown = False
         self._due = math.inf
 
     def __enter__(self) -> Progress:
-        self._began = self._last_time = self._clock()
+        self._began = self._last_time = time.monotonic()
         self._last_count = self.count
         self._recent_count = self._recent_seconds = 0.0
         first_process = os.environ.get("RANK", "0") == "0"  # as torchrun sets it
@@ -85,7 +82,7 @@ class Progress:
     def update(self, num_done: int = 1) -> None:
         """Count ``num_done`` more units."""
         self.count += num_done
-        if self._clock() >= self._due:
+        if time.monotonic() >= self._due:
             self._draw(self._state())
 
     def note(self, **numbers: Note) -> None:
@@ -113,7 +110,7 @@ class Progress:
         display = self._display
         if display is not None:
             if self._shown:
-                seconds = self._clock() - self._began
+                seconds = time.monotonic() - self._began
                 rate = (self.count - self._done) / seconds if seconds > 0.0 else 0.0
                 self._draw([f"{self._counted()} in {_duration(seconds)}", *self._numbers(rate)])
             self._attempt(display.close)
@@ -121,7 +118,7 @@ class Progress:
 
     def _state(self) -> list[str]:
         """Return the parts of a line: the count, the recent rate, the numbers, the time left."""
-        now = self._clock()
+        now = time.monotonic()
         seconds, count = now - self._last_time, self.count - self._last_count
         kept = math.exp(-seconds / RATE_SECONDS)
         self._recent_seconds = kept * self._recent_seconds + seconds
@@ -147,7 +144,7 @@ class Progress:
         if display is not None:
             self._shown = True
             # measured from now, since computing the numbers may have taken time
-            self._due = self._clock() + display.interval
+            self._due = time.monotonic() + display.interval
             self._attempt(lambda: display.draw(self.label, ", ".join(parts), self.count))
 
     def _attempt(self, write: Callable[[], None]) -> None:

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import abc
 import itertools
+import random
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyroebm.core._checks import stacklevel_of_user
 from pyroebm.core._torch_private import (
-    TraceInputsOnly,
+    PerturbedRounding,
+    RandomOperations,
+    Recorder,
     all_true,
+    functions_in_vmap,
     is_batchedtensor,
     outside_transforms,
     storage_of,
@@ -32,11 +36,19 @@ from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import event_numel
 from pyroebm.core.wrappers import eval_mode
 
-__all__ = ["RowsFailAlone", "RowwiseEnergy"]
+__all__ = ["RowsFailAlone", "RowsInABatch", "RowwiseEnergy", "map_rows"]
 
 #: Maximum number of graphs kept: one for each batch shape, dtype and device.
 MAX_GRAPHS = 8
 
+
+#: Number of evaluations that must agree if random numbers are drawn, and that estimate rounding.
+NUM_REPEATS = 8
+
+#: Perturbation of all operations, in units of the last place, and the multiple of the resulting
+#: change for one unit by which two evaluations may differ.
+PERTURBATION = 2.0**10
+ROUNDING_FACTOR = 10.0
 
 #: Held while the subclass's code runs: Pyro's stack of effect handlers, and the state that a
 #: capture changes in torch, are shared by all threads.
@@ -137,6 +149,16 @@ _CHANGE_NO_VALUES = {
 }
 
 
+#: In-place methods that draw random numbers: another one for each event.
+_RANDOM = {
+    f"{name}_"
+    for name in (
+        *("bernoulli", "cauchy", "exponential", "geometric", "log_normal"),
+        *("normal", "random", "uniform"),
+    )
+}
+
+
 def _in_place(func: Any) -> tuple[bool, Callable[..., Any] | None]:
     """Return whether a function writes into its first argument, and its out-of-place method.
 
@@ -157,7 +179,7 @@ class RowsInABatch(TorchFunctionMode):
 
     The shapes must not depend on the event. The operations are assignment of one number where a
     mask is True, selection by a mask that does not depend on the event, ``x.data``, and writing
-    into a tensor that does not depend on the event.
+    into a tensor that does not depend on the event, also of random numbers (``x.exponential_()``).
 
     A tensor that does not depend on the event becomes one for each event when a value of an event
     is written into it. The variables of the caller's code still refer to the old tensor and its
@@ -193,10 +215,15 @@ class RowsInABatch(TorchFunctionMode):
         writes = writes and isinstance(next(iter(args), None), Tensor)
         if writes and not is_batchedtensor(args[0]):
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if any(is_batchedtensor(self._current(tensor)) for tensor in given):
+            if getattr(func, "__name__", "") in _RANDOM or any(
+                is_batchedtensor(self._current(tensor)) for tensor in given
+            ):
                 self._copy(args[0])
         if self.copies:
-            args, kwargs = tree_map_only(Tensor, self._current, (args, kwargs))
+            # a Size stays one: x.new(Size([])) is a scalar, x.new(()) is empty
+            args, kwargs = tree_map_only(
+                Tensor, self._current, (args, kwargs), is_leaf=lambda part: type(part) is torch.Size
+            )
         if writes and result is not None and is_batchedtensor(args[0]):
             # vmap supports more out-of-place functions than in-place ones
             return args[0].copy_(self.REPLACEMENTS.get(result, result)(*args, **kwargs))
@@ -217,6 +244,90 @@ class RowsInABatch(TorchFunctionMode):
         return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
+def map_rows(
+    function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    rows: Mapping[str, Tensor],
+    num_rows: int,
+    *,
+    name: str,
+    chunk_size: int | None = None,
+    random_values: bool = False,
+) -> dict[str, Tensor]:
+    """Apply a function of the named tensors of one row to all rows, with ``torch.func.vmap``.
+
+    The function is evaluated without gradients.
+
+    Random numbers, from torch's default generator, differ between rows. Where ``vmap`` cannot run
+    the function, or its values are not those of a plain call, the rows are computed one by one,
+    with a RuntimeWarning that states the reason. So they are where the function draws from the
+    generators of Python or NumPy, which would give all rows the same numbers.
+
+    Args:
+        function: from the named tensors of a row, each of shape ``event``, to named tensors.
+        rows: named tensors of shape ``(num_rows, *event)``; there may be none.
+        num_rows: number of rows, at least 1.
+        name: what the warning calls the function.
+        chunk_size: number of rows that are computed together; None is all.
+        random_values: whether the values are random, so that they cannot be compared.
+
+    Returns:
+        named tensors of shape ``(num_rows, *shape)``.
+    """
+
+    def batched(index: Tensor, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        with functions_in_vmap(), RowsFailAlone(), RowsInABatch(index):
+            return function(row)
+
+    def single(k: int) -> dict[str, Tensor]:
+        with RowsFailAlone():
+            return function({key: value[k] for key, value in rows.items()})
+
+    with _LOCK, torch.no_grad(), warnings.catch_warnings():
+        # torch's remarks on its own batching rules
+        warnings.filterwarnings("ignore", message=r"(There is a performance drop|An output with)")
+        before = _foreign_generators()
+        first = None if random_values else single(0)
+        try:
+            found: dict[str, Tensor] = torch.func.vmap(
+                batched, randomness="different", chunk_size=chunk_size
+            )(torch.zeros(num_rows), dict(rows))
+            reason = _difference(found, first, before)
+        except Exception as error:  # any error of vmap: the loop can still work
+            text = str(error).strip()
+            reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+        if reason is None:
+            return found
+        first = single(0)  # an error of the function itself is raised here, without a warning
+        warnings.warn(
+            f"{name} cannot be vectorized with torch.func.vmap and runs draw by draw, which is"
+            f" slow: {reason.rstrip('. ')}. Write branches and shapes that depend on a latent value"
+            " with torch.where and masks",
+            RuntimeWarning,
+            stacklevel=stacklevel_of_user(),
+        )
+        each = [first, *(single(k) for k in range(1, num_rows))]
+        return {key: torch.stack([values[key] for values in each]) for key in first}
+
+
+def _foreign_generators() -> tuple[Any, ...]:
+    """Return the states of the global generators of Python and NumPy."""
+    _, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (a model may use it)
+    return random.getstate(), np.asarray(keys).tobytes(), *rest
+
+
+def _difference(
+    found: dict[str, Tensor], first: dict[str, Tensor] | None, generators: tuple[Any, ...]
+) -> str | None:
+    """Return why vectorized values are not those of a loop, or None if nothing differs."""
+    if _foreign_generators() != generators:
+        return "it draws from the generators of Python or NumPy"
+    for key, value in (first or {}).items():
+        pair = found[key][0].double(), value.double()  # truth values cannot be subtracted
+        if not torch.allclose(*pair, rtol=1e-3, atol=1e-3, equal_nan=True):
+            return f"its value {key!r} differs from that of a plain call"
+    return None
+
+
 def version(tensor: Tensor) -> tuple[int, int]:
     """Return the identity of a tensor and the number of in-place writes to it."""
     return id(tensor), 0 if tensor.is_inference() else version_of(tensor)
@@ -229,7 +340,7 @@ class RowwiseEnergy(Energy):
     constructor with ``self.batch_by(rows)``, which chooses how batches are evaluated. It tries on
     two events, and takes the first way whose values and gradients are those of a plain loop:
 
-    - ``"graph"``: :func:`torch.func.vmap` over the events, captured once by ``make_fx`` for each
+    - ``"graph"``: :func:`torch.func.vmap` over the events, captured once for each
       batch shape as a graph of tensor operations, and replayed without Python code;
     - ``"vmap"``: the same without the capture, with a warning that states the reason;
     - ``"loop"``: one event after the other, with a warning that states the reason.
@@ -317,17 +428,21 @@ class RowwiseEnergy(Energy):
 
     def _vmapped(self, rows: Tensor) -> Tensor:
         def value(row: Tensor) -> Tensor:
-            with RowsFailAlone(), RowsInABatch(row):
+            with functions_in_vmap(), RowsFailAlone(), RowsInABatch(row):
                 return self.row_energy(row)
 
         # a draw that the energy does not depend on, such as a prediction, may differ between events
         values: Tensor = torch.func.vmap(value, randomness="different")(rows)
         return values
 
-    def _traced(self, rows: Tensor) -> Tensor:
-        with TraceInputsOnly(rows):  # functionalized, so that no replay writes into a constant
+    def _recorded(self, rows: Tensor) -> fx.GraphModule:
+        # functionalized, so that no replay writes into a constant
+        operations, recorder = RandomOperations(), Recorder(rows)
+        with operations, recorder:
             values: Tensor = torch.func.functionalize(self._vmapped)(rows)
-        return values
+        if drawn := operations.behind(values):
+            raise ValueError(self._randomness(drawn))
+        return recorder.graph(values)
 
     def _graph(self, rows: Tensor) -> fx.GraphModule:
         constants = self.constants()
@@ -335,11 +450,7 @@ class RowwiseEnergy(Energy):
         if key not in self._graphs:
             with _LOCK, outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 zeros = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
-                graph = make_fx(lambda r: self._traced(r))(zeros)
-            # no operation has side effects; draws that the energy does not depend on are removed
-            # too
-            graph.graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
-            graph.recompile()
+                graph = self._recorded(zeros)
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = (
@@ -355,23 +466,13 @@ class RowwiseEnergy(Energy):
             rows: states, shape ``(2, dim)``.
 
         Raises:
-            ValueError: if the energy of one event is not one number, or if it changes when it is
-                evaluated again.
+            ValueError: if the energy of one event is not one number, or if it depends on random
+                numbers: it changes by more than rounding when it is evaluated again.
         """
         with eval_mode(self):
             self.batching = "loop"
-            expected, again = unchecked_value_and_grad(self, rows), self(rows)
-            # the order of a sum may change with threads or alignment
-            tolerance = torch.finfo(self.dtype).eps ** 0.5
-            if not torch.allclose(
-                expected[0], again.detach(), rtol=tolerance, atol=tolerance, equal_nan=True
-            ):
-                raise ValueError(
-                    f"{type(self).__name__} must be a function of its variables, but gave"
-                    f" {expected[0].tolist()} and then"
-                    f" {again.tolist()} for the same states: it depends on a random number"
-                    " that is not a sample site"
-                )
+            expected = unchecked_value_and_grad(self, rows)
+            self._check_deterministic(rows, expected[0])
             uncaptured = self._why_not("graph", rows, expected)
             if uncaptured is None:
                 return
@@ -389,6 +490,52 @@ class RowwiseEnergy(Energy):
             " Write branches and shapes that depend on a latent value with torch.where and masks",
             RuntimeWarning,
             stacklevel=stacklevel_of_user(),
+        )
+
+    def _check_deterministic(self, rows: Tensor, values: Tensor) -> None:
+        """Raise ValueError if the values of a loop depend on random numbers."""
+        bound = None
+        with torch.no_grad():
+            with RandomOperations() as operations:
+                second = self(rows)
+            drawn = operations.behind(second) or operations.read
+            # draws may be equal by chance
+            more = (self(rows) for _ in range(NUM_REPEATS if drawn else 0))
+            for again in itertools.chain((second,), more):
+                differs = (again.nan_to_num() - values.nan_to_num()).abs()
+                if not bool(differs.any()):
+                    continue
+                bound = self._rounding(rows, values) if bound is None else bound
+                if bool((differs > bound).any()):
+                    raise ValueError(
+                        f"{self._randomness(drawn)}. It gave {values.tolist()} and then"
+                        f" {again.tolist()} for the same states"
+                    )
+
+    def _rounding(self, rows: Tensor, values: Tensor) -> Tensor:
+        """Bound the differences between evaluations of a deterministic function.
+
+        Threads and the alignment of memory choose the order of sums. The changes by perturbed
+        operations are proportional to the perturbation, those by random numbers are not.
+        """
+        perturbed = []
+        for seed in range(NUM_REPEATS):
+            try:
+                with PerturbedRounding(seed, PERTURBATION):
+                    perturbed.append(self(rows))
+            # the model's own code may check its numbers exactly
+            except Exception:
+                return torch.full_like(values, torch.inf)
+        change: Tensor = (torch.stack(perturbed) - values).abs().amax(0) / PERTURBATION
+        least: Tensor = (1.0 + values.abs()) * torch.finfo(self.dtype).eps ** 0.5
+        return least + ROUNDING_FACTOR * change
+
+    def _randomness(self, operation: str | None) -> str:
+        return (
+            f"{self._name()} must be a function of its variables, but depends on a random number"
+            " that is not a sample site"
+            + (f", drawn by {operation}" if operation else "")
+            + ": draw it once, outside, and call .eval() on modules with dropout"
         )
 
     def _why_not(self, way: str, rows: Tensor, expected: tuple[Tensor, Tensor]) -> str | None:

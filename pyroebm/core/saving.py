@@ -54,11 +54,11 @@ from pyroebm.core._torch_private import (
     outside_transforms,
     storage_of,
 )
-from pyroebm.core.files import FileError, read_tensors, write_tensors
+from pyroebm.core.files import FileError, checksum, read_tensors, write_tensors
 from pyroebm.core.rng import drawing_from, seeded_generator
 from pyroebm.core.supports import spin
 
-__all__ = ["Saveable", "load", "save"]
+__all__ = ["Saveable", "describe_call", "load", "save"]
 
 #: Format of the description. A file of another format raises an error.
 FORMAT = 1
@@ -175,7 +175,9 @@ def _kept(value: Any, module: nn.Module, name: str) -> Any:
         )
         first = next(held, None)
         return value.detach().clone() if first is None else _Own(first, value.dtype)
-    if type(value) in (list, tuple, range, torch.Size):
+    if type(value) in (range, torch.Size):
+        return value
+    if type(value) in (list, tuple):
         kept = [_kept(v, module, name) for v in value]
         return kept if isinstance(value, list) else tuple(kept)
     if type(value) is dict:
@@ -221,6 +223,54 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def describe_call(module: nn.Module) -> str:
+    """Describe a module by its class and the settings with which it was constructed.
+
+    The description does not change when the module is trained. Modules among the arguments are
+    described by their classes; initial values of tensors that the module holds are left out.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> describe_call(0.5 * DoubleWell())
+        'Tempered(energy=DoubleWell, beta=0.5)'
+    """
+    name = type(module).__name__
+    call: _Construction | None = vars(module).get("_construction")
+    if call is None:
+        of_torch = type(module).__module__.startswith("torch.")
+        return f"{name}({module.extra_repr()})" if of_torch else name
+    bound = inspect.signature(type(module)).bind(*call.args, **call.kwargs)
+    bound.apply_defaults()
+    settings = [
+        f"{key}={_described_argument(value)}"
+        for key, value in bound.arguments.items()
+        if not (value is None or isinstance(value, _Own))
+    ]
+    return f"{name}({', '.join(settings)})"
+
+
+def _described_argument(value: Any) -> str:
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return f"tensor {checksum([value])}"
+    if isinstance(value, _Own | _Opaque):
+        return value.name
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_described_argument, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {_described_argument(v)}' for k, v in value.items())}}}"
+    if isinstance(value, Number | str | range | torch.dtype | Constraint | None):
+        return str(value)
+    if isinstance(value, Distribution) and _torch_name(type(value)) is not None:
+        arguments = _attributes_of(value, type(value), type(value).__name__)
+        described = ", ".join(f"{k}={_described_argument(v)}" for k, v in arguments.items())
+        return f"{type(value).__name__}({described})"
+    return _name_of(value)
 
 
 def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> None:
@@ -301,6 +351,7 @@ def load(
         FileError: if the file is missing, damaged, of another format or not one of :func:`save`; if
             it names a class that is not known; if a constructor raises; if ``into`` has parameters
             or buffers of other names, shapes or dtypes.
+        ValueError: if ``classes`` is not a dict.
 
     Example:
         >>> import tempfile
@@ -317,6 +368,11 @@ def load(
         ...     load(f"{folder}/quartic.safetensors", classes={"Quartic": Quartic}).height
         2.0
     """
+    if classes is not None and not isinstance(classes, Mapping):
+        raise ValueError(
+            f"classes must be a dict of classes by their names, got {type(classes).__name__}: write"
+            ' classes={"MyEnergy": MyEnergy}'
+        )
     tensors, description = read_tensors(
         path, "cpu" if into is not None else str(torch.device(device))
     )
@@ -465,7 +521,11 @@ class _Writer:
             return {"array": self.key(torch.from_numpy(value), where)}
         if isinstance(value, nn.Module):
             return {"module": self.add(value, where)}
-        if type(value) in (list, tuple, torch.Size):
+        if isinstance(value, range):
+            return {"range": [value.start, value.stop, value.step]}
+        if isinstance(value, torch.Size):
+            return {"size": list(value)}
+        if type(value) in (list, tuple):
             kind = "list" if isinstance(value, list) else "tuple"
             return {kind: [self.described(v, f"{where}[{i}]", module) for i, v in enumerate(value)]}
         if type(value) is dict and all(type(k) is str for k in value):
@@ -743,6 +803,10 @@ class _Reader:
             return self.tensors[content].clone().numpy(force=True)
         if kind in ("list", "tuple"):
             return {"list": list, "tuple": tuple}[kind](map(self.value, content))
+        if kind == "range":
+            return range(*content)
+        if kind == "size":
+            return torch.Size(content)
         if kind == "dict":
             return {k: self.value(v) for k, v in content.items()}
         if kind == "dtype":

@@ -1,4 +1,4 @@
-"""Statistics of samples and weights: ArviZ's R-hat, ESS and PSIS, and distances of samples."""
+"""Statistics of draws and weights: ArviZ's R-hat, effective sample size (ESS) and PSIS."""
 
 from __future__ import annotations
 

@@ -34,6 +34,9 @@ __all__ = [
     "unconstraining",
 ]
 
+#: Maximum number of draws of states whose energy is not finite.
+MAX_TRIES = 100
+
 
 class _Spin(Constraint):
     """Each entry is -1 or +1."""
@@ -222,7 +225,6 @@ def search_finite(
     draw: Callable[[int], Tensor],
     energy: Callable[[Tensor], Tensor],
     num_chains: int,
-    num_tries: int = 100,
 ) -> Tensor:
     """Draw states until the energy of each is finite.
 
@@ -231,7 +233,6 @@ def search_finite(
         draw: draws a given number of states.
         energy: maps states to energies.
         num_chains: number of states.
-        num_tries: maximum number of redraws of the states whose energy is not finite.
 
     Raises:
         ValueError: if some energies are not finite after the last try.
@@ -239,7 +240,7 @@ def search_finite(
     if num_chains < 1:
         raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
     states = draw(num_chains)
-    for _ in range(num_tries):
+    for _ in range(MAX_TRIES):
         with torch.no_grad():
             bad = ~torch.isfinite(energy(states))
         if not bad.any():
@@ -248,7 +249,7 @@ def search_finite(
     raise ValueError(
         f"{name}.initial found no state of finite energy for {int(bad.sum())} of"
         f" num_chains={num_chains} chains in"
-        f" {num_tries} tries; override initial(n, generator) with states inside the domain"
+        f" {MAX_TRIES} tries; override initial(n, generator) with states inside the domain"
     )
 
 

@@ -13,7 +13,7 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
 from pyroebm.core.conditionals import Index, blocks_of, conditional_of, restricted
-from pyroebm.core.energy import Energy, View
+from pyroebm.core.energy import Energy, SharesLogZ, View
 from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
 __all__ = [
@@ -282,7 +282,7 @@ def check_weighable(energy: Energy) -> None:
         )
 
 
-class Unconstrained(Energy):
+class Unconstrained(SharesLogZ):
     r"""An energy on :math:`R^d` through the bijection :math:`x = T(u)` of its support.
 
     .. math:: E_u(u) = E(T(u)) - \log |\det \partial T / \partial u|
@@ -307,16 +307,6 @@ class Unconstrained(Energy):
         transform = unconstraining(energy.support)
         super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)))
         self.energy, self.transform = energy, transform
-
-    @property
-    def log_z(self) -> float | None:
-        """Log of the normalizing constant, which is that of the wrapped energy."""
-        return self.energy.log_z
-
-    @property
-    def has_exact_draws(self) -> bool:
-        """Whether the wrapped energy can be sampled exactly."""
-        return self.energy.has_exact_draws
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
@@ -344,9 +334,9 @@ class Unconstrained(Energy):
         """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.unconstrain(self.energy.initial(num_chains, generator))
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self.energy.named(self.constrain(x), site)
+        return self.energy.named(self.constrain(x))
 
     @property
     def _source(self) -> Energy:

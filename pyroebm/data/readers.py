@@ -51,7 +51,6 @@ def load_binary(
     path: str | Path,
     threshold: float | None = 127,
     *,
-    seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Split:
     """Load images from files, and binarize them.
@@ -61,9 +60,8 @@ def load_binary(
             ``y_train``, ``y_test``, or ``train.data``, ``valid.data`` and so on; ``valid`` is
             appended to ``train``).
         threshold: gray levels above this are 1, the others 0. None draws each pixel once, with
-            probability level / 255 (Salakhutdinov and Murray, 2008). Images of zeros and ones
-            are not changed.
-        seed: seed of those draws.
+            probability level / 255 (Salakhutdinov and Murray, 2008), by the same random numbers
+            in every call. Images of zeros and ones are not changed.
         dtype: floating-point type; None for torch's default.
 
     Raises:
@@ -110,12 +108,12 @@ def load_binary(
             raise ValueError(
                 f"{str(path)!r}: {len(pixels)} {part} images have {len(classes)} labels"
             )
-    bits, how = _binarize([train, test], threshold, seed)
+    bits, how = _binarize([train, test], threshold)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     return Split(bits[0].to(dtype), bits[1].to(dtype), labels[0], labels[1], how)
 
 
-def _binarize(images: list[Tensor], threshold: float | None, seed: int) -> tuple[list[Tensor], str]:
+def _binarize(images: list[Tensor], threshold: float | None) -> tuple[list[Tensor], str]:
     if all(bool(((part == 0) | (part == 1)).all()) for part in images):
         return images, "as given"
     top = max(float(part.max()) for part in images)
@@ -126,10 +124,10 @@ def _binarize(images: list[Tensor], threshold: float | None, seed: int) -> tuple
         )
     if threshold is not None:
         return [part > threshold for part in images], f"thresholded at {threshold:g}"
-    generator, cpu = seeded_generator(seed), torch.device("cpu")
+    generator, cpu = seeded_generator(0), torch.device("cpu")
     return [
         uniform(x.shape, generator, torch.float32, cpu) < x / 255.0 for x in images
-    ], f"sampled once (seed {seed})"
+    ], "sampled once (seed 0)"
 
 
 def _from_folder(folder: Path) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from pyroebm.core.statistics import (
 )
 from pyroebm.diagnostics.arviz_data import summary, to_arviz
 from pyroebm.diagnostics.convergence import Diagnosis, Finding, diagnose, mode_masses
+from pyroebm.diagnostics.pyro_model import from_pyro
 from pyroebm.diagnostics.stein import stein_residual, stein_z
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
@@ -35,6 +36,7 @@ __all__ = [
     "energy_distance",
     "ess_bulk",
     "ess_tail",
+    "from_pyro",
     "maximum_mean_discrepancy",
     "mcse_mean",
     "median_distance",

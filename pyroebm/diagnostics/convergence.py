@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.core.arrays import tensor_of_numbers
 from pyroebm.core.energy import Energy
 from pyroebm.core.statistics import bfmi, ess_bulk, ess_tail, mcse_mean, r_hat
 from pyroebm.diagnostics.energy_probes import Tail, find_edge, find_tail, flat_part, has_gradient
@@ -65,6 +66,16 @@ class Finding:
         return self.message
 
 
+#: Headings of a diagnosis, by kinds of findings; the first that applies is shown.
+HEADINGS = {
+    "Not mixed": {"stuck", "unbounded", "constant", "disagreement", "unsettled", "r_hat"},
+    "Draws may be biased": {"nonfinite", "divergences", "bfmi", "stein", "inexact"},
+    "Few effective draws": {"ess"},
+    "One chain": {"one_chain"},
+    "Mixed, but slowly": {"tree_depth", "acceptance"},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
     r"""Result of :func:`diagnose`: summary statistics and findings.
@@ -98,9 +109,15 @@ class Diagnosis:
         """Whether no problem was found."""
         return not self.findings
 
+    @property
+    def heading(self) -> str:
+        """The main problem in a few words; "Mixed" if none was found."""
+        kinds = {finding.kind for finding in self.findings}
+        return next((text for text, named in HEADINGS.items() if kinds & named), "Mixed")
+
     def _numbers(self) -> str:
         return (
-            f"{'Mixed' if self.mixed else 'Not mixed'}: R-hat {self.r_hat:.3f}, bulk ESS"
+            f"{self.heading}: R-hat {self.r_hat:.3f}, bulk ESS"
             f" {self.ess_bulk:.0f}, tail ESS {self.ess_tail:.0f},"
             f" {self.divergences or 'no'} divergence{'' if self.divergences == 1 else 's'}."
         )
@@ -134,8 +151,8 @@ class KernelProperties(Protocol):
 
 
 def diagnose(
-    draws: Tensor,
-    stats: Mapping[str, Tensor],
+    draws: Tensor | np.ndarray,
+    stats: Mapping[str, Tensor] | None = None,
     max_r_hat: float = 1.01,
     min_ess: float = 400.0,
     *,
@@ -159,7 +176,8 @@ def diagnose(
         draws: shape ``(chains, draws, *event)``.
         stats: ``diverging`` and, if known, ``lp``, ``energy``, ``acceptance_rate``, ``step_size``
             and ``reached_max_treedepth``, each ``(chains, draws)``, as
-            :meth:`pyroebm.MCMC.get_stats` returns them.
+            :meth:`pyroebm.MCMC.get_stats` returns them. None if they are not known; there are then
+            no divergences.
         max_r_hat: largest :math:`\hat R` to accept.
         min_ess: minimum bulk and tail effective sample size to accept.
         kernel: the kernel that made the draws; None assumes an exact one with momenta.
@@ -173,6 +191,9 @@ def diagnose(
     Returns:
         the summary statistics and the findings.
 
+    Raises:
+        ValueError: if ``draws`` are no tensor or array of two or more dimensions.
+
     Example:
         >>> x = torch.randn(4, 500, 2, generator=torch.Generator().manual_seed(0))
         >>> calm = {"diverging": torch.zeros(4, 500, dtype=torch.bool)}
@@ -183,6 +204,16 @@ def diagnose(
         >>> finding.kind, finding.chains, finding.entries
         ('disagreement', (2,), ('x[1]',))
     """
+    if not isinstance(draws, Tensor | np.ndarray) or draws.ndim < 2:
+        found = f"shape {tuple(draws.shape)}" if hasattr(draws, "shape") else type(draws).__name__
+        raise ValueError(
+            f"draws must be a tensor of shape (chains, draws, *event), got {found}; a run is"
+            " diagnosed by mcmc.diagnose()"
+        )
+    if isinstance(draws, np.ndarray):
+        draws = tensor_of_numbers(draws, "draws")
+    if stats is None:
+        stats = {"diverging": torch.zeros(draws.shape[:2], dtype=torch.bool)}
     sites = named or (lambda x: {"x": x})
     run = _Run(draws, stats, kernel, energy, sites, first_chain, num_chains or len(draws))
     return Diagnosis(*run.numbers(), run.findings(max_r_hat, min_ess))

@@ -14,6 +14,9 @@ from pyroebm.diagnostics.energy_probes import has_gradient
 
 __all__ = ["stein_residual", "stein_z"]
 
+#: Maximum number of draws at which :func:`stein_residual` evaluates the gradient.
+MAX_GRADIENTS = 2**16
+
 #: Number of states in one evaluation of the energy.
 ROWS = 4096
 
@@ -58,14 +61,13 @@ def stein_z(draws: Tensor, scores: Tensor) -> float:
         return float(np.max(off / error))
 
 
-def stein_residual(energy: Energy, draws: Tensor, most: int = 2**16) -> float:
+def stein_residual(energy: Energy, draws: Tensor) -> float:
     """Compute :func:`stein_z` of draws of an energy in unconstrained coordinates.
 
     Args:
         energy: the energy whose draws they should be.
         draws: shape ``(chains, draws, *event)``; they are thinned evenly, so that the gradient is
-            evaluated at ``most`` of them.
-        most: maximum number of gradients.
+            evaluated at 65,536 of them at most.
 
     Returns:
         the largest :math:`|z|`. NaN if it is not defined: for an energy without a gradient, or a
@@ -79,7 +81,7 @@ def stein_residual(energy: Energy, draws: Tensor, most: int = 2**16) -> float:
         True
     """
     chains = len(draws)
-    draws = draws[:, :: -(-draws.shape[1] * chains // most)]
+    draws = draws[:, :: -(-draws.shape[1] * chains // MAX_GRADIENTS)]
     rows = draws.reshape(-1, *draws.shape[2:])
     mean, scores = rows.mean(0), []
     if not has_gradient(energy, rows):

@@ -9,12 +9,11 @@ from typing import Literal
 import torch
 from pyro.distributions import Bernoulli
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 from pyroebm.core._checks import check_shape
 from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import bit_batches, bits_of, draw_numbers
-from pyroebm.core.spins import SpinBernoulli
 from pyroebm.core.supports import spin
 from pyroebm.energies.layered import MAX_WORK, check_sizes, parameter
 
@@ -60,8 +59,9 @@ class BoltzmannMachine(Energy):
         ... )
         >>> round(machine.log_z, 4)
         5.1499
-        >>> machine.site_given_rest(torch.tensor([1.0, -1.0, -1.0]), 0).mean.detach()
-        tensor(0.9640)
+        >>> x, site = torch.tensor([[1.0, -1.0, -1.0]]), torch.tensor([0])
+        >>> machine.site_logits(x, site).softmax(1).detach()  # p(x_0 = -1) and p(x_0 = 1)
+        tensor([[0.0180, 0.9820]])
     """
 
     def __init__(
@@ -115,23 +115,6 @@ class BoltzmannMachine(Energy):
         field = (x * self._coupling()[site]).sum(-1) + self.bias[site]
         low = torch.zeros_like(field) if self.units == "bits" else -field
         return torch.stack([low, field], 1)
-
-    def site_given_rest(self, x: Tensor, site: int) -> Distribution:
-        r"""Return :math:`p(x_i \mid x_{-i})` of one unit, with the batch shape of ``x``.
-
-        Args:
-            x: states, shape ``(*batch, n)``; the entry of the unit is ignored.
-            site: number of the unit, i.
-
-        Returns:
-            Pyro's Bernoulli, or :class:`pyroebm.core.spins.SpinBernoulli` for spins.
-        """
-        field = x @ self._coupling()[site] + self.bias[site]
-        return (
-            Bernoulli(logits=field, validate_args=False)
-            if self.units == "bits"
-            else SpinBernoulli(field)
-        )
 
     def joint(self) -> BoltzmannMachine:
         """Return this machine, which is an energy over all units."""

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -105,13 +106,14 @@ class NeuralEnergy(Energy):
             return x.new_zeros(self.batch_shape(x))
         return event_sum(0.5 * ((x - self.center) / self.scale) ** 2, len(self.event_shape))
 
-    def fit_envelope(self, data: Tensor, factor: float = 2.0) -> None:
+    def fit_envelope(self, data: Tensor | np.ndarray, factor: float = 2.0) -> None:
         """Set the center of the envelope to the mean of data, and its scale from their deviation.
 
         The scale is ``factor`` times the largest standard deviation, the same for all entries.
 
         Args:
-            data: events, shape ``(N, *event)``, of the dtype and device of the energy.
+            data: events, shape ``(N, *event)``: a tensor of the dtype and device of the energy,
+                or a NumPy array.
             factor: ratio of the scale to the standard deviation. A wider envelope restricts the
                 network less, but the network must then learn to exclude more of the space.
 
@@ -121,7 +123,7 @@ class NeuralEnergy(Energy):
         """
         if self.scale is None:
             raise ValueError("fit_envelope needs an envelope: give scale to the constructor")
-        self.check_states(data, "data")
+        data = self.as_states(data, "data")
         spread = data.std(0, correction=0).max()
         if not (0.0 < factor < math.inf and bool(spread > 0) and bool(torch.isfinite(spread))):
             raise ValueError(

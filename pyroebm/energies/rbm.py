@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from pyroebm.core.arrays import as_tensor
 from pyroebm.energies.layered import LayeredMachine, check_sizes, parameter
 from pyroebm.energies.layers import Layers
 
@@ -33,7 +35,7 @@ class RBM(LayeredMachine):
         """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.layers().free_energy([x, None])
 
-    def fit_visible(self, data: Tensor) -> None:
+    def fit_visible(self, data: Tensor | np.ndarray) -> None:
         """Set the parameters of the visible units from data, for a machine without hidden units.
 
         Args:
@@ -65,16 +67,18 @@ class RBM(LayeredMachine):
         return -self(x) - (self.log_partition() if log_z is None else log_z)
 
 
-def check_data(data: Tensor, width: int, min_events: int = 1) -> None:
-    """Check that data have shape ``(n, width)`` with enough events.
+def check_data(machine: RBM, data: Tensor | np.ndarray, width: int, min_events: int = 1) -> Tensor:
+    """Return data of shape ``(n, width)`` with enough events as a tensor.
 
     Raises:
         ValueError: otherwise.
     """
+    data = as_tensor(data, machine.dtype, machine.device, "data")
     if data.dim() != 2 or data.shape[1] != width or len(data) < min_events:
         raise ValueError(
             f"data must have shape (n, {width}), n at least {min_events}, got {tuple(data.shape)}"
         )
+    return data
 
 
 class BernoulliRBM(RBM):
@@ -131,7 +135,7 @@ class BernoulliRBM(RBM):
         return Layers((self.weight,), (self.visible_bias, self.hidden_bias))
 
     @torch.no_grad()
-    def fit_visible(self, data: Tensor, pseudocount: float = 1.0) -> None:
+    def fit_visible(self, data: Tensor | np.ndarray, pseudocount: float = 1.0) -> None:
         r"""Set the visible biases to the log-odds of the frequencies of ones (Hinton, 2012).
 
         With W = 0 this is the best model of independent units.
@@ -144,7 +148,7 @@ class BernoulliRBM(RBM):
         Raises:
             ValueError: if the data have another shape, or entries that are not from 0 to 1.
         """
-        check_data(data, self.event_shape[0])
+        data = check_data(self, data, self.event_shape[0])
         if not bool(((data >= 0.0) & (data <= 1.0)).all()):
             raise ValueError(
                 "data must be zeros and ones or probabilities, got values outside [0, 1]"
@@ -232,7 +236,7 @@ class GaussianRBM(RBM):
         )
 
     @torch.no_grad()
-    def fit_visible(self, data: Tensor) -> None:
+    def fit_visible(self, data: Tensor | np.ndarray) -> None:
         """Set b and sigma to the means and standard deviations of data.
 
         Args:
@@ -241,7 +245,7 @@ class GaussianRBM(RBM):
         Raises:
             ValueError: if the data have another shape, or if a standard deviation is 0.
         """
-        check_data(data, self.event_shape[0], min_events=2)
+        data = check_data(self, data, self.event_shape[0], min_events=2)
         deviation = data.double().std(0)
         if not bool((deviation > 0.0).all()):
             raise ValueError(

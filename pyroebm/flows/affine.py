@@ -13,32 +13,25 @@ from pyroebm.nn.mlp import mlp
 
 __all__ = ["AffineCoupling", "Loft", "coupling_mask", "coupling_masks"]
 
+#: largest log-scale of a layer, in nats
+MAX_LOG_SCALE = 2.0
 
-def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
+
+def coupling_mask(dim: int, mask: Sequence[bool] | Tensor | None = None) -> Tensor:
     """Return a mask of the entries that a coupling layer leaves unchanged, ``(D,)``.
 
     Args:
         dim: D.
-        mask: ``"halves"``: the first ``dim // 2`` entries; ``"alternating"``: every second entry,
-            starting with the second; or D booleans.
+        mask: D booleans; None is True for the first ``dim // 2`` entries.
 
     Raises:
-        ValueError: if the mask is unknown, has another size, or is all True or all False.
+        ValueError: if the mask has another size, or is all True or all False.
 
     Example:
-        >>> coupling_mask(3, "alternating")
-        tensor([False,  True, False])
+        >>> coupling_mask(3)
+        tensor([ True, False, False])
     """
-    entries = torch.arange(dim)
-    if isinstance(mask, str):
-        known = {"halves": entries < dim // 2, "alternating": entries % 2 == 1}
-        if mask not in known:
-            raise ValueError(
-                f"mask must be one of {sorted(known)}, or {dim} booleans, got mask={mask!r}"
-            )
-        passing = known[mask]
-    else:
-        passing = torch.as_tensor(mask)
+    passing = torch.arange(dim) < dim // 2 if mask is None else torch.as_tensor(mask)
     if passing.dtype != torch.bool or passing.shape != (dim,) or not 0 < int(passing.sum()) < dim:
         raise ValueError(
             f"mask must be dim={dim} booleans, some True (unchanged) and some False (transformed),"
@@ -48,9 +41,7 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
     return passing
 
 
-def coupling_masks(
-    dim: int, mask: str, num_layers: int, generator: torch.Generator | None
-) -> list[Tensor]:
+def coupling_masks(dim: int, num_layers: int, generator: torch.Generator | None) -> list[Tensor]:
     """Return masks of coupling layers in pairs, with shuffled entries in all pairs but the first.
 
     The layers of a pair have complementary masks, so each pair transforms every entry. Without
@@ -59,13 +50,12 @@ def coupling_masks(
 
     Args:
         dim: D.
-        mask: mask of the first layer, as in :func:`coupling_mask`.
         num_layers: number of masks.
         generator: source of the permutations; None is torch's default generator.
     """
     if dim < 2:
         return []
-    passing, masks = coupling_mask(dim, mask), []
+    passing, masks = coupling_mask(dim), []
     for k in range(num_layers):
         if k and k % 2 == 0 and dim > 2:
             passing = passing[torch.randperm(dim, generator=generator)]
@@ -83,33 +73,32 @@ class AffineCoupling(Bijection):
         x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad
         \log|\det \partial x/\partial z| = \sum_i r_i(z_a).
 
-    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` (Ardizzone et al., 2019), so a layer
-    scales by at most :math:`e^c`.
+    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` (Ardizzone et al., 2019) with c = 2
+    nats, so a layer scales by at most :math:`e^2`.
 
     Args:
         dim: D, number of entries of z and of x, at least 2.
         net: the conditioner, a module ``(*batch, |a|) -> (*batch, 2 |b|)`` that returns s, then m;
             None is an MLP whose last layer is initially zero.
-        mask: the unchanged entries, as in :func:`coupling_mask`.
-        flip: whether to exchange the two parts.
-        clamp: c > 0, in nats.
+        mask: D booleans, True for the unchanged entries; None leaves the first ``dim // 2``
+            unchanged.
         hidden_sizes: widths of the hidden layers of the default conditioner.
         activation: activation of the default conditioner.
         dtype: dtype of the default conditioner.
         generator: source of the initial weights of the default conditioner.
 
     Raises:
-        ValueError: if ``dim`` < 2, ``clamp`` is not positive or an option unknown; when called, if
-            the last dimension is not ``dim``, or the output of the conditioner has another shape
-            or dtype.
+        ValueError: if ``dim`` < 2, or ``mask`` has another size or is all True or all False; when
+            called, if the last dimension is not ``dim``, or the output of the conditioner has
+            another shape or dtype.
 
     Example:
-        >>> layer = AffineCoupling(2, net=nn.Linear(1, 2), clamp=1.0)
+        >>> layer = AffineCoupling(2, net=nn.Linear(1, 2))
         >>> with torch.no_grad():
         ...     layer.net.weight.copy_(torch.tensor([[100.0], [0.0]])), layer.net.bias.fill_(0.0)
-        ...     layer(torch.tensor([1.0, 1.0]))  # the scale is at most e
+        ...     layer(torch.tensor([1.0, 1.0]))  # the scale is at most e^2
         (...)
-        tensor([1.0000, 2.7183])
+        tensor([1.0000, 7.3891])
     """
 
     passing: Tensor
@@ -121,9 +110,7 @@ class AffineCoupling(Bijection):
         dim: int,
         net: nn.Module | None = None,
         *,
-        mask: str | Sequence[bool] | Tensor = "halves",
-        flip: bool = False,
-        clamp: float = 2.0,
+        mask: Sequence[bool] | Tensor | None = None,
         hidden_sizes: Sequence[int] = (64, 64),
         activation: str = "silu",
         dtype: torch.dtype | None = None,
@@ -131,11 +118,8 @@ class AffineCoupling(Bijection):
     ) -> None:
         if dim < 2:
             raise ValueError(f"dim must be at least 2 for a coupling of two parts, got dim={dim}")
-        if not (clamp > 0.0 and math.isfinite(clamp)):
-            raise ValueError(f"clamp must be positive and finite, got clamp={clamp}")
         super().__init__(dim)
-        self.clamp = float(clamp)
-        passes = coupling_mask(dim, mask) != flip
+        passes = coupling_mask(dim, mask)
         passing, moved = passes.nonzero().squeeze(-1), (~passes).nonzero().squeeze(-1)
         # persistent, since the flow may have drawn the mask at random
         self.register_buffer("passing", passing)
@@ -159,7 +143,7 @@ class AffineCoupling(Bijection):
                 f" entry, {expected} and {z.dtype}, but it gave {tuple(out.shape)} and {out.dtype}"
             )
         s, shift = out.chunk(2, dim=-1)
-        return passing, moved, self.clamp * torch.tanh(s / self.clamp), shift
+        return passing, moved, MAX_LOG_SCALE * torch.tanh(s / MAX_LOG_SCALE), shift
 
     def _join(self, passing: Tensor, moved: Tensor) -> Tensor:
         return torch.cat((passing, moved), dim=-1).index_select(-1, self.back)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyroebm.core.energy import Energy
+from pyroebm.core.energy import Energy, SharesLogZ
 from pyroebm.core.supports import event_numel, is_real
 from pyroebm.flows.networks import ConditionalGaussian
 
 __all__ = ["AugmentedEnergy"]
 
 
-class AugmentedEnergy(Energy):
+class AugmentedEnergy(SharesLogZ):
     r"""An energy over x and auxiliary variables y.
 
     .. math:: U(x, y) = U(x) - \log N(y \mid M(x), \Sigma(x)), \qquad (x, y) \in R^D
@@ -56,16 +56,6 @@ class AugmentedEnergy(Energy):
         self.energy = energy
         self.conditional = conditional
         self.dim = dim
-
-    @property
-    def log_z(self) -> float | None:
-        """Log partition function of the energy, or None."""
-        return self.energy.log_z
-
-    @property
-    def has_exact_draws(self) -> bool:
-        """Whether the energy can be sampled exactly."""
-        return self.energy.has_exact_draws
 
     def split(self, xy: Tensor) -> tuple[Tensor, Tensor]:
         """Split into events and auxiliary variables.

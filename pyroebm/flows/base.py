@@ -20,6 +20,9 @@ from pyroebm.flows.networks import LOG_2PI
 
 __all__ = ["Base", "Drawn", "MixtureBase", "StandardNormal", "StudentBase"]
 
+#: Lower bound of the degrees of freedom, above which the variance is finite.
+MIN_DF = 2.0
+
 
 class Base(Saveable):
     r"""A density of z on :math:`R^D` with reparameterized draws.
@@ -210,21 +213,20 @@ class StudentBase(Base):
     .. math::
 
         z_i = \epsilon_i \big/ \sqrt{\chi^2_{\nu_i} / \nu_i}, \qquad
-        \nu_i = b + \mathrm{softplus}(r_i)
+        \nu_i = 2 + \mathrm{softplus}(r_i)
 
-    The gradient in :math:`\nu` is torch's implicit gradient of the gamma distribution. Lipschitz
-    flows cannot change the tail index, so the base must have the tails of the target (Jaini,
-    Kobyzev, Yu and Brubaker, 2020).
+    More than two degrees of freedom keep the variance finite. The gradient in :math:`\nu` is
+    torch's implicit gradient of the gamma distribution. Lipschitz flows cannot change the tail
+    index, so the base must have the tails of the target (Jaini, Kobyzev, Yu and Brubaker, 2020).
 
     Args:
         dim: D.
-        df: initial degrees of freedom of each entry.
+        df: initial degrees of freedom of each entry, above 2.
         learn_df: whether to learn the degrees of freedom.
-        min_df: b >= 0, lower bound on the degrees of freedom; 2 keeps the variance finite.
         dtype: dtype of the parameters; None is torch's default.
 
     Raises:
-        ValueError: if ``dim`` < 1 or if 0 <= ``min_df`` < ``df`` does not hold.
+        ValueError: if ``dim`` < 1, or ``df`` is not above 2 and finite.
 
     Example:
         >>> StudentBase(2, df=4.0).df.detach()
@@ -236,16 +238,14 @@ class StudentBase(Base):
         dim: int,
         df: float = 5.0,
         learn_df: bool = True,
-        min_df: float = 2.0,
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not 0.0 <= min_df < df < math.inf:
-            raise ValueError(f"0 <= min_df < df must hold, got min_df={min_df}, df={df}")
+        if not MIN_DF < df < math.inf:
+            raise ValueError(f"df must be above {MIN_DF:g} and finite, got df={df}")
         super().__init__(dim)
-        self.min_df = float(min_df)
         # in float64, so that softplus inverts it to full precision
-        above = torch.full((dim,), df - min_df, dtype=torch.float64)
+        above = torch.full((dim,), df - MIN_DF, dtype=torch.float64)
         raw = (above + (-(-above).expm1()).log()).to(
             torch.get_default_dtype() if dtype is None else dtype
         )
@@ -258,7 +258,7 @@ class StudentBase(Base):
     @property
     def df(self) -> Tensor:
         r"""The degrees of freedom :math:`\nu`, shape ``(D,)``."""
-        return self.min_df + softplus(self.raw)
+        return MIN_DF + softplus(self.raw)
 
     def _student(self) -> dist.StudentT:
         return dist.StudentT(self.df, validate_args=False)

@@ -23,6 +23,10 @@ CUBIC = (
 )
 
 
+#: cells of the splines in time
+NUM_STAGES = 6
+
+
 class PairField(Bijection):
     r"""The flow map, from time 0 to 1, of a velocity that is a sum over pairs of particles.
 
@@ -48,7 +52,6 @@ class PairField(Bijection):
         reach: largest distance of interacting pairs.
         length: :math:`\ell`.
         num_cells: cells of :math:`\phi` in s.
-        num_stages: cells of the splines in t.
         num_steps: number of integration steps.
         scale: initial scale.
         dtype: dtype of the parameters; None is torch's default.
@@ -72,13 +75,12 @@ class PairField(Bijection):
         reach: float = 8.0,
         length: float = 1.0,
         num_cells: int = 32,
-        num_stages: int = 6,
         num_steps: int = 20,
         scale: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        minima = {"num_particles": 2, "space": 1, "num_cells": 1, "num_stages": 1, "num_steps": 1}
-        check_counts(minima, num_particles, space, num_cells, num_stages, num_steps)
+        minima = {"num_particles": 2, "space": 1, "num_cells": 1, "num_steps": 1}
+        check_counts(minima, num_particles, space, num_cells, num_steps)
         for name, value in (("reach", reach), ("length", length), ("scale", scale)):
             if not 0.0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {name}={value}")
@@ -92,7 +94,7 @@ class PairField(Bijection):
             torch.triu_indices(num_particles, num_particles, 1),
         )
         self.register_buffer("incidence", basis[pairs[0]] - basis[pairs[1]], persistent=False)
-        self.weights = nn.Parameter(torch.zeros(num_stages + 3, 1 + num_cells, dtype=basis.dtype))
+        self.weights = nn.Parameter(torch.zeros(NUM_STAGES + 3, 1 + num_cells, dtype=basis.dtype))
         nn.init.constant_(self.weights[:, 0], math.log(scale))
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +213,6 @@ class EquivariantFlow(Flow):
         length: :math:`\ell`, the length scale of s, below which the cells of the splines in the
             distance do not become narrower.
         num_cells: number of cells of :math:`\phi` in s.
-        num_stages: number of cells of the splines in t.
         num_steps: number of integration steps, which can be changed: ``flow.num_steps = 60``.
         scale: initial scale: the untrained flow is the base times this.
         dtype: dtype of the parameters; None is torch's default.
@@ -233,7 +234,6 @@ class EquivariantFlow(Flow):
         reach: float = 8.0,
         length: float = 1.0,
         num_cells: int = 32,
-        num_stages: int = 6,
         num_steps: int = 20,
         scale: float = 1.0,
         dtype: torch.dtype | None = None,
@@ -244,7 +244,6 @@ class EquivariantFlow(Flow):
             reach=reach,
             length=length,
             num_cells=num_cells,
-            num_stages=num_stages,
             num_steps=num_steps,
             scale=scale,
             dtype=dtype,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
@@ -13,6 +14,7 @@ from pyro.distributions.torch_transform import ComposeTransformModule
 from torch import Tensor
 from torch.distributions import Transform
 
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.saving import Saveable
@@ -236,7 +238,7 @@ class Flow(Saveable):
 
     def log_prob_x(
         self,
-        x: Tensor,
+        x: Tensor | np.ndarray,
         num_samples: int = 256,
         method: str = "auto",
         generator: torch.Generator | None = None,
@@ -269,6 +271,7 @@ class Flow(Saveable):
                 is "grid" with D - d > 1.
             ArithmeticError: if the quadrature does not converge.
         """
+        x = as_tensor(x, self.dtype, self.device)
         self._check(x, "x", self.dim)
         if method not in ("auto", "grid", "bound"):
             raise ValueError(f"method must be 'auto', 'grid' or 'bound', got method={method!r}")
@@ -289,11 +292,11 @@ class Flow(Saveable):
         log_ratio = self.log_prob(torch.cat((x, y), dim=-1)) - self.conditional.log_prob(y, x)
         return log_ratio.logsumexp(0) - math.log(num_samples)
 
-    def score_samples(self, x: Tensor) -> Tensor:
+    def score_samples(self, x: Tensor | np.ndarray) -> Tensor:
         r"""Compute the log density :math:`\log q(x)` in nats (scikit-learn's name).
 
         Args:
-            x: shape ``(*batch, d)``.
+            x: shape ``(*batch, d)``, of the flow's dtype, or a NumPy array.
 
         Returns:
             The log densities, shape ``(*batch)``.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.progress import Progress
@@ -20,6 +21,9 @@ from pyroebm.core.wrappers import check_weighable, eval_mode
 from pyroebm.flows.flow import Flow
 
 __all__ = ["ImportanceResult", "ess_fraction", "importance_sample"]
+
+#: Number of draws that are evaluated at once.
+BATCH_SIZE = 65_536
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +114,6 @@ def importance_sample(
     num_samples: int = 100_000,
     *,
     generator: torch.Generator | None = None,
-    batch_size: int = 65_536,
     progress: bool | None = None,
 ) -> ImportanceResult:
     r"""Draw from a proposal with importance weights for :math:`p(x) = e^{-U(x)} / C`.
@@ -127,15 +130,13 @@ def importance_sample(
         energy: U.
         num_samples: number of draws.
         generator: source of the draws; None is torch's default generator.
-        batch_size: number of draws that are evaluated at once.
         progress: True shows progress, False hides it, None shows it after one second.
 
     Returns:
         The draws with their weights, log Z, ESS and Pareto k, detached.
 
     Raises:
-        ValueError: if ``num_samples`` or ``batch_size`` < 1, or if shapes, dtypes or devices
-            differ.
+        ValueError: if ``num_samples`` < 1, or if shapes, dtypes or devices differ.
         FloatingPointError: if a log weight is NaN or +inf, or all weights are 0.
 
     Example:
@@ -146,9 +147,7 @@ def importance_sample(
         >>> abs(log_z.value - 0.5 * math.log(2 * math.pi)) < 5 * log_z.standard_error
         True
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    check_counts({"num_samples": 1}, num_samples)
     check_energy(energy)
     check_weighable(energy)
     draw = (
@@ -156,16 +155,14 @@ def importance_sample(
         if isinstance(proposal, Flow)
         else _distribution_weights(proposal, energy)
     )
-    sizes = [batch_size] * (num_samples // batch_size) + [num_samples % batch_size] * (
-        num_samples % batch_size > 0
-    )
     parts = []
     with (
         torch.no_grad(),
         eval_mode(energy),
         Progress(num_samples, "importance sampling", "draw", progress) as shown,
     ):
-        for size in sizes:
+        for start in range(0, num_samples, BATCH_SIZE):
+            size = min(BATCH_SIZE, num_samples - start)
             parts.append(draw(size, generator))
             shown.update(size)
     return _summary(

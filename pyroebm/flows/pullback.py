@@ -59,10 +59,10 @@ class PullbackEnergy(Energy):
         """
         return self.augmented.split(self.flow.forward_and_log_prob(z)[0])
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the values by name, in the variables of the energy."""
         with torch.no_grad():
-            return self.augmented.energy.named(self.variables(x)[0], site)
+            return self.augmented.energy.named(self.variables(x)[0])
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw initial states of chains from the base, ``(num_chains, D)``."""

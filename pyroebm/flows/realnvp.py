@@ -1,4 +1,4 @@
-"""RealNVP: soft-clamped affine couplings, an affine layer and logarithmic tails."""
+"""RealNVP: soft-clamped affine couplings and an affine layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyroebm.core._checks import check_counts
-from pyroebm.flows.affine import AffineCoupling, Loft, coupling_masks
+from pyroebm.flows.affine import AffineCoupling, coupling_masks
 from pyroebm.flows.base import Base
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.linear import PLULinear, Shift
@@ -20,7 +20,7 @@ __all__ = ["RealNVP"]
 class RealNVP(Flow):
     r"""RealNVP: affine couplings (Dinh, Sohl-Dickstein and Bengio, 2017).
 
-    .. math:: (x, y) = \mathrm{LOFT}\big(S\, f_L \circ \dots \circ f_1(z) + c\big)
+    .. math:: (x, y) = S\, f_L \circ \dots \circ f_1(z) + c
 
     Layers are in pairs with complementary masks, so each pair transforms every entry. The masks of
     all pairs but the first are drawn at random, to couple all entries. Initially the flow is the
@@ -32,9 +32,6 @@ class RealNVP(Flow):
         hidden_sizes: widths of the hidden layers of the conditioners.
         total_dim: D; None is d. If D > d there are auxiliary variables, as in
             :class:`RedundantNICE`.
-        mask: mask of the first pair, ``"halves"`` or ``"alternating"``.
-        clamp: largest log-scale of a layer, in nats.
-        loft: threshold of a last layer :class:`Loft`; None omits it.
         scale: initial S, times the identity.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
@@ -45,7 +42,7 @@ class RealNVP(Flow):
         ValueError: if an argument is out of range.
 
     Example:
-        >>> flow = RealNVP(2, num_layers=4, hidden_sizes=(16,), loft=100.0)
+        >>> flow = RealNVP(2, num_layers=4, hidden_sizes=(16,))
         >>> flow.log_prob(torch.zeros(2)).detach()
         tensor(-1.8379)
     """
@@ -57,9 +54,6 @@ class RealNVP(Flow):
         hidden_sizes: Sequence[int] = (64, 64),
         *,
         total_dim: int | None = None,
-        mask: str = "halves",
-        clamp: float = 2.0,
-        loft: float | None = None,
         scale: float = 1.0,
         activation: str = "silu",
         base: Base | None = None,
@@ -83,13 +77,11 @@ class RealNVP(Flow):
             "generator": generator,
         }
         parts: list[Any] = []
-        masks = coupling_masks(total, mask, num_layers, generator)
-        parts += [AffineCoupling(total, mask=passing, clamp=clamp, **net) for passing in masks]
+        masks = coupling_masks(total, num_layers, generator)
+        parts += [AffineCoupling(total, mask=passing, **net) for passing in masks]
         parts += [
             PLULinear(scale * torch.eye(total, dtype=dtype)),
             Shift(torch.zeros(total, dtype=dtype)),
         ]
-        if loft is not None:
-            parts.append(Loft(total, loft))
         conditional = ConditionalGaussian(dim, total - dim, **net) if total > dim else None
         super().__init__(parts, dim, total, conditional, base)

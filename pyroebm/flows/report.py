@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def evaluate_flow(
     flow: Flow,
     energy: Energy,
     num_samples: int = 100_000,
-    draws: Tensor | None = None,
+    draws: Tensor | np.ndarray | None = None,
     *,
     num_distances: int = 2000,
     generator: torch.Generator | None = None,
@@ -160,7 +161,7 @@ def evaluate_flow(
     target = flow.extend(energy)
     chains = None
     if draws is not None:
-        energy.check_states(draws, "draws")
+        draws = energy.as_states(draws, "draws")
         if draws.dim() == len(energy.event_shape) + 2:
             chains, draws = len(draws), draws.flatten(0, 1)
     weighted = importance_sample(flow, energy, num_samples, generator=generator, progress=progress)

@@ -20,6 +20,9 @@ from pyroebm.nn.mlp import ACTIVATIONS
 
 __all__ = ["AutoregressiveFlow", "ContinuousFlow", "SplineFlow"]
 
+#: interval [-B, B] on which splines act, in units of the base: zuko's default
+BOUND = 5.0
+
 
 def _affine_end(dim: int, scale: float, dtype: torch.dtype) -> list[Any]:
     if not (scale > 0.0 and math.isfinite(scale)):
@@ -41,16 +44,15 @@ class SplineFlow(Flow):
     .. math:: x = S\, f_L \circ \dots \circ f_1(z) + c
 
     Each :math:`f_l` is a coupling with rational-quadratic splines, which are monotone maps of
-    :math:`[-B, B]` onto itself and the identity outside. Outside the density is that of the base:
-    **modes beyond** ``scale * bound`` **cannot be fitted until S and c have grown.** Choose
-    ``scale`` or ``bound`` such that their product covers the target.
+    :math:`[-5, 5]` onto itself and the identity outside. Outside the density is that of the base:
+    **modes beyond** ``5 * scale`` **cannot be fitted until S and c have grown.** Choose ``scale``
+    such that the target lies within.
 
     Args:
         dim: d.
         num_layers: L.
         hidden_sizes: widths of the hidden layers of the conditioners.
         num_bins: number of bins of each spline.
-        bound: B, in units of the base.
         scale: initial S, times the identity.
         autoregressive: whether each entry depends on all previous ones, as in zuko's NSF; the
             inverse then costs d evaluations instead of one.
@@ -78,7 +80,6 @@ class SplineFlow(Flow):
         hidden_sizes: Sequence[int] = (64, 64),
         *,
         num_bins: int = 8,
-        bound: float = 5.0,
         scale: float = 1.0,
         autoregressive: bool = False,
         activation: str = "silu",
@@ -87,12 +88,10 @@ class SplineFlow(Flow):
         generator: torch.Generator | None = None,
     ) -> None:
         check_counts({"dim": 1, "num_layers": 1, "num_bins": 2}, dim, num_layers, num_bins)
-        if not (bound > 0.0 and math.isfinite(bound)):
-            raise ValueError(f"bound must be positive and finite, got bound={bound}")
         zuko = installed_zuko()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         common: dict[str, Any] = {
-            "univariate": functools.partial(zuko.transforms.MonotonicRQSTransform, bound=bound),
+            "univariate": functools.partial(zuko.transforms.MonotonicRQSTransform, bound=BOUND),
             "shapes": [(num_bins,), (num_bins,), (num_bins - 1,)],
         }
         if dim > 1:
@@ -101,7 +100,7 @@ class SplineFlow(Flow):
                 "activation": _activation(activation),
             }
         parts: list[Any] = []
-        masks = coupling_masks(dim, "halves", num_layers, generator)
+        masks = coupling_masks(dim, num_layers, generator)
         for k in range(num_layers):
             if autoregressive:
                 order = torch.arange(dim) if k % 2 == 0 else torch.arange(dim).flip(0)

@@ -10,11 +10,13 @@ ignored.
 
 from pyroebm.infer.kernels import HMC, NUTS
 from pyroebm.infer.mcmc import MCMC
+from pyroebm.infer.predictive import Predictive
 from pyroebm.infer.streaming import StreamingMCMC
 
 __all__ = [
     "HMC",
     "MCMC",
     "NUTS",
+    "Predictive",
     "StreamingMCMC",
 ]

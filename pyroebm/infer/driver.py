@@ -9,11 +9,12 @@ from typing import Any, Literal, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyroebm.core.rng import seeded_generator
-from pyroebm.infer.kernels import HMC
+from pyroebm.infer.kernels import HMC, transforms_of
 from pyroebm.infer.potential import PotentialEnergy
 from pyroebm.kernels.base import ContinuousKernel, Info
 from pyroebm.mcmc import sampler
@@ -82,7 +83,8 @@ class Driver(sampler.MCMC):
             hook: called as Pyro's ``hook_fn`` for each chain.
             receive: called with the draws of all chains, ``(chains, dim)``.
         """
-        self.shown, self.energy, self.hook, self.receive = shown, energy, hook, receive
+        self.shown, self.energy = shown, energy
+        self.hook, self.receive = hook, receive
         self.chains = list[PyroKernel]()
 
     @property
@@ -118,13 +120,15 @@ class Driver(sampler.MCMC):
 
     def _after_turn(self, label: str, turn: int) -> None:
         if self._single_steps:
-            self._show_step(label == "warm-up", turn)
+            self._show_step(label == "warm-up")
         super()._after_turn(label, turn)
 
-    def _show_step(self, warms: bool, turn: int) -> None:
+    def _show_step(self, warms: bool) -> None:
         (batch,) = self._batches
         if not self.chains:
             self.chains = [self.chain(number) for number in range(self.num_chains)]
+        stage = "Warmup" if warms else "Sample"
+        done = self.plan.warmup_steps - batch.warm_left if warms else batch.count
         x = batch.state.x.clone()
         after = list[Tensor]()
         for number, chain in enumerate(self.chains):
@@ -136,9 +140,8 @@ class Driver(sampler.MCMC):
             params = self.energy.split(x[number])
             if self.hook is not None:
                 self.shown.show(self.energy, chain)
-                stage = "Warmup" if warms else "Sample"
                 suffix = f" [{number}]" if self.num_chains > 1 else ""
-                self.hook(self.shown, params, stage + suffix, turn)
+                self.hook(self.shown, params, stage + suffix, done - 1)
             after.append(self.energy.join(params))
         x = torch.stack(after)
         if not torch.equal(x, batch.state.x):  # a hook changed a value
@@ -158,6 +161,7 @@ class Vectorized:
     disable_validation: bool | None
     _args: Any
     _kwargs: Any
+    _samples: dict[str, Tensor] | None
     _diagnostics: list[dict[str, Any] | None]
     _run: Driver | None = None
 
@@ -210,20 +214,22 @@ class Vectorized:
         self.num_samples = num_samples
         self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
         self.initial_params = initial_params
+        self._given_transforms = self.transforms
         self.hook_fn = hook_fn
         self.save_params = save_params
         self.disable_validation = disable_validation
-        self.seed, self.compile, self.store = seed, compile, store
+        self.seed = seed
+        self.compile = compile
+        self.store = store
         self._progress = False if disable_progbar else None
         self._keep: Literal["draws", "moments"] = keep
-        self._args = self._kwargs = self._samples = None
+        self._args = self._kwargs = None
+        self._samples = None
         self._diagnostics = [None] * num_chains
         self._driver(0, None)  # checks the counts here instead of in run
 
     def _repeated(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: value.expand(self.num_chains, *value.shape) for name, value in params.items()
-        }
+        return {name: value.expand(self.num_chains, *value.shape) for name, value in params.items()}
 
     def _driver(self, seed: int, energy: ModelEnergy | PotentialEnergy | None) -> Driver:
         return Driver(
@@ -251,7 +257,7 @@ class Vectorized:
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        receiver: Callable[[ModelEnergy | PotentialEnergy], Callable[[Tensor], object]] | None = None,
+        receiver: Callable[..., Callable[[Tensor], object]] | None = None,
     ) -> None:
         """Run the warm-up and draw samples; without latent variables there are none.
 
@@ -262,11 +268,12 @@ class Vectorized:
         kernel, initial = self.kernel, self.initial_params
         if initial is None and kernel.initial_params is not None:
             initial = self._repeated(kernel.initial_params)
-        with self._validation():
+        with self._validation(), poutine.block():
             generator = seeded_generator(seed, spawned=1)
             energy, start = kernel.target(
-                args, kwargs, initial, self.num_chains, self.transforms, generator
+                args, kwargs, initial, self.num_chains, self._given_transforms, generator
             )
+            self.transforms = (None if energy is None else transforms_of(energy)) or {}
             if energy is None:
                 self._run = None
                 self._idle()
@@ -308,10 +315,11 @@ class Vectorized:
             {"divergences": [], "acceptance rate": 1.0} for _ in range(self.num_chains)
         ]
 
-    def _named_diagnostics(self, found: dict[str, Any]) -> dict[str, Any]:
+    def _named_diagnostics(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return Pyro's diagnostics with names of chains that sort by number."""
         if self._diagnostics[0] is None:
             raise ValueError("there are no draws: call run(...) first")
+        found = compute()
         for name in self._diagnostics[0]:
             found[name] = {ChainName(n): row for n, row in enumerate(found[name].values())}
         return found

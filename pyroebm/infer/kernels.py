@@ -29,7 +29,7 @@ from pyroebm.kernels.base import Info, State
 from pyroebm.ppl.kernel import PyroKernel
 from pyroebm.ppl.model import ModelEnergy, NoLatentsError
 
-__all__ = ["HMC", "NUTS"]
+__all__ = ["HMC", "NUTS", "transforms_of"]
 
 #: Maximum number of leapfrog steps of a trajectory of given length while the step size adapts.
 MAX_STEPS = 1024
@@ -55,7 +55,19 @@ class _Trajectory(kernels.HMC):
         )
 
 
-class HMC(MCMCKernel):  # type: ignore[misc]
+def transforms_of(energy: ModelEnergy | PotentialEnergy) -> Mapping[str, Any] | None:
+    """Return the maps from each site to the unconstrained space.
+
+    None if one depends on other latent variables.
+    """
+    if isinstance(energy, PotentialEnergy):
+        return energy.transforms
+    if energy.transforms is None:
+        return None
+    return {name: transform.inv for name, transform in energy.transforms.items()}
+
+
+class HMC(MCMCKernel):
     r"""Hamiltonian Monte Carlo with the arguments of ``pyro.infer.HMC``.
 
     The algorithm is that of Duane et al. (1987) and Neal (2011). With ``num_steps`` every
@@ -74,8 +86,9 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         potential_fn: a function of a dict of unconstrained tensors of one chain, to a tensor of one
             element.
         step_size: initial step size, or the fixed one; None is 1.
-        trajectory_length: length of a trajectory; None is :math:`2 \pi`.
-        num_steps: number of leapfrog steps of a trajectory; replaces ``trajectory_length``.
+        trajectory_length: length of a trajectory; None is that of ``num_steps``, or :math:`2 \pi`.
+        num_steps: number of leapfrog steps of a trajectory; not used if ``trajectory_length`` is
+            given, as in Pyro.
         adapt_step_size: whether warm-up adapts the step size.
         adapt_mass_matrix: whether warm-up adapts the mass matrix.
         full_mass: whether the mass matrix is dense; or a list of tuples of sites, each a dense
@@ -145,7 +158,7 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         self.full_mass = full_mass
         self.init_strategy = init_strategy
         self.max_plate_nesting = max_plate_nesting
-        self._num_steps = num_steps
+        self._num_steps = num_steps if trajectory_length is None else None
         self._adapts = adapt_step_size, adapt_mass_matrix
         self._target_accept_prob = target_accept_prob
         self._given_potential = self._potential = potential_fn
@@ -269,7 +282,8 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         rows = None if given is None else {name: value[None] for name, value in given.items()}
         energy, start = self.target(args, kwargs, rows)
         if energy is None:
-            self._energy, self._chain, self._initial = None, None, {}
+            self._energy = self._chain = None
+            self._initial = {}
             return
         chain = PyroKernel(self.build(), energy, adaptation=self.adaptation(energy))
         if start is not None:
@@ -340,14 +354,15 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         Raises:
             ValueError: if the support of a latent variable depends on another one.
         """
-        if not isinstance(self._energy, ModelEnergy):
-            return self._given_transforms if self._energy is None else self._energy.transforms
-        if self._energy.transforms is None:
+        if self._energy is None:
+            return self._given_transforms
+        transforms = transforms_of(self._energy)
+        if transforms is None:
             raise ValueError(
                 "transforms must not depend on latent variables, but the support of a latent"
                 " variable does: run the kernel in pyroebm.infer.MCMC, which maps whole states"
             )
-        return {name: transform.inv for name, transform in self._energy.transforms.items()}
+        return transforms
 
     @property
     def step_size(self) -> float:

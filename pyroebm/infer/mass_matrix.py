@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer.mcmc.adaptation import BlockMassMatrix
@@ -118,7 +118,7 @@ class Blocks:
         return Dense.of_covariance(whole)
 
 
-class MassMatrixAdapter(BlockMassMatrix):  # type: ignore[misc]
+class MassMatrixAdapter(BlockMassMatrix):
     """The metric of a kernel as Pyro's ``mass_matrix_adapter``; the kernel adapts it by itself.
 
     Args:
@@ -150,6 +150,6 @@ class MassMatrixAdapter(BlockMassMatrix):  # type: ignore[misc]
 
     @inverse_mass_matrix.setter
     def inverse_mass_matrix(self, value: Mapping[tuple[str, ...], Tensor]) -> None:
-        BlockMassMatrix.inverse_mass_matrix.fset(self, value)
+        cast(Any, BlockMassMatrix).inverse_mass_matrix.fset(self, value)
         if self._assign is not None:
             self._assign(self.inverse_mass_matrix)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import pyro.infer.mcmc.api
 from torch import Tensor
 
-from pyroebm.diagnostics.arviz_data import to_arviz
+from pyroebm.diagnostics.arviz_data import Coords, Dims, to_arviz
 from pyroebm.diagnostics.convergence import Diagnosis
+from pyroebm.diagnostics.pyro_model import from_pyro, model_groups
 from pyroebm.diagnostics.stuck import describe_stuck
 from pyroebm.infer.driver import Driver, Vectorized, is_vectorized
 from pyroebm.infer.kernels import HMC
@@ -18,7 +19,7 @@ from pyroebm.infer.kernels import HMC
 __all__ = ["MCMC"]
 
 
-class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):  # type: ignore[misc]
+class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):
     """``pyro.infer.MCMC`` that moves all chains of :class:`NUTS` and :class:`HMC` as one batch.
 
     It is a subclass of Pyro's class, whose results it has: ``get_samples``, ``diagnostics``,
@@ -177,8 +178,7 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):  # type: ignore[misc]
 
         Divergences and acceptance rates are given for each chain.
         """
-        self._check_drawn()
-        return self._named_diagnostics(super().diagnostics())
+        return self._named_diagnostics(super().diagnostics)
 
     def summary(self, prob: float = 0.9) -> None:
         """Print Pyro's summary table of each site, and the number of divergences.
@@ -194,11 +194,35 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):  # type: ignore[misc]
         ):
             print(message)
 
-    def to_arviz(self) -> Any:
-        """Convert draws and statistics to ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
-        run = self._ours()
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = False,
+        prior: Mapping[str, Tensor] | None = None,
+        posterior_predictive: Mapping[str, Tensor] | None = None,
+        dims: Dims | None = None,
+        coords: Coords | None = None,
+    ) -> Any:
+        """Convert draws and statistics to ArviZ's InferenceData (DataTree from ArviZ 1.0 on).
+
+        Arguments and groups are those of :meth:`pyroebm.MCMC.to_arviz`. The posterior has the sites
+        of ``save_params`` and the deterministic ones.
+        """
+        self._check_drawn()
+        given: dict[str, Any] = {
+            "log_likelihood": log_likelihood,
+            "prior": prior,
+            "posterior_predictive": posterior_predictive,
+            "dims": dims,
+        }
+        run = self._run
+        if run is None:  # another kernel, with draws of Pyro's driver
+            return from_pyro(self, coords=coords, **given)
+        groups = model_groups(
+            run.energy, run.get_samples(group_by_chain=True), keep=self.save_params, **given
+        )
         attributes = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
-        return to_arviz(self._samples or {}, run.get_stats(), attrs=attributes)
+        return to_arviz(sample_stats=run.get_stats(), coords=coords, attrs=attributes, **groups)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.

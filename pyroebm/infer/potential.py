@@ -24,6 +24,9 @@ class PotentialEnergy(RowwiseEnergy):
         params: starting values, with a leading chain axis, which define names and shapes.
         transforms: maps from a site's own space to the unconstrained one, applied to the draws
             only.
+
+    Raises:
+        ValueError: if the result has not one element.
     """
 
     def __init__(
@@ -43,12 +46,17 @@ class PotentialEnergy(RowwiseEnergy):
         """Compute the energy of one chain."""
         with pyro.validation_enabled(False):
             value = self.potential(self.split(u))
-        return value.reshape(()) if value.numel() == 1 else value
+        if value.numel() != 1:
+            raise ValueError(
+                "potential_fn must return a tensor of one element, the potential energy of one"
+                f" chain, got shape {tuple(value.shape)}; sum over the entries of the chain"
+            )
+        return value.reshape(())
 
     def _name(self) -> str:
         return "the potential_fn"
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Split states into sites in their own spaces."""
         parts = self.split(x)
         return {

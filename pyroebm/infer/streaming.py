@@ -17,8 +17,8 @@ from pyroebm.ppl.model import ModelEnergy
 __all__ = ["StreamingMCMC"]
 
 
-class StreamingMCMC(Vectorized, pyro.infer.mcmc.api.StreamingMCMC):  # type: ignore[misc]
-    """``pyro.infer.StreamingMCMC`` that moves all chains of NUTS and HMC as one batch.
+class StreamingMCMC(Vectorized, pyro.infer.mcmc.api.StreamingMCMC):
+    """``pyro.infer.mcmc.StreamingMCMC`` that moves all chains of NUTS and HMC as one batch.
 
     Each draw of each chain is given to ``statistics`` and not kept. Other kernels of Pyro are run
     by Pyro's driver. It is a subclass of Pyro's class, whose results it has: ``get_statistics`` and
@@ -134,4 +134,4 @@ class StreamingMCMC(Vectorized, pyro.infer.mcmc.api.StreamingMCMC):  # type: ign
 
         Divergences and acceptance rates are given for each chain.
         """
-        return self._named_diagnostics(super().diagnostics())
+        return self._named_diagnostics(super().diagnostics)

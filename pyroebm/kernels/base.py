@@ -201,7 +201,7 @@ class Kernel(abc.ABC, Generic[S]):
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """Names of the settings that warm-up may change; a checkpoint stores them."""
+        """Names of the settings that warm-up may replace; a checkpoint stores them."""
         return ()
 
     @property
@@ -525,11 +525,19 @@ def check_kernel(kernel: object) -> None:
         raise ValueError(
             f"kernel must be an instance: write {kernel.__name__}() in place of {kernel.__name__}"
         )
-    if not isinstance(kernel, Kernel):
+    if isinstance(kernel, Kernel):
+        return
+    if type(kernel).__module__.startswith("pyroebm.infer."):
+        name = type(kernel).__name__
         raise ValueError(
-            f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; run Pyro's own"
-            " kernels with pyro.infer.MCMC and pyroebm.core.PotentialFn(energy)"
+            f"kernel must be one of pyroebm.kernels, got pyroebm.infer.{name}, which takes a Pyro"
+            f" model: import both from one place, pyroebm.infer.MCMC with pyroebm.infer.{name}, or"
+            f" pyroebm.MCMC with pyroebm.kernels.{name}"
         )
+    raise ValueError(
+        f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; run Pyro's own"
+        " kernels with pyro.infer.MCMC and pyroebm.core.PotentialFn(energy)"
+    )
 
 
 def rows(x: Tensor) -> Tensor:
@@ -563,7 +571,7 @@ def column(value: float | Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(-1, 1).expand(len(like), 1)
 
 
-def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw standard normal noise of the shape of ``x``."""
     return standard_normal(x.shape, generator, x.dtype, x.device)
 

@@ -18,6 +18,9 @@ from pyroebm.kernels.metric import metric_of
 
 __all__ = ["ChEES", "ChEESAdaptation"]
 
+#: Learning rate of Adam, for the logarithm of the trajectory length.
+LEARNING_RATE = 0.025
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChEES(GradientKernel):
@@ -116,25 +119,18 @@ class ChEESAdaptation:
 
     Args:
         window: adaptation of step size and metric.
-        lr: learning rate of Adam, for :math:`\log T`.
 
     Raises:
-        ValueError: if ``lr`` is not positive and finite; at the start, unless the kernel
-            is :class:`ChEES` and has two chains.
+        ValueError: at the start, unless the kernel is :class:`ChEES` and has two chains.
 
     Example:
-        >>> ChEESAdaptation().lr
-        0.025
+        >>> ChEESAdaptation().window.step_size
+        'pooled'
     """
 
     window: WindowAdaptation = dataclasses.field(
         default_factory=lambda: WindowAdaptation(step_size="pooled")
     )
-    lr: float = 0.025
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got lr={self.lr}")
 
     def start(
         self, kernel: Any, energy: Energy, state: State, generator: torch.Generator | None = None
@@ -184,7 +180,9 @@ class ChEESAdaptation:
         updates = adaptation_state.updates + 1
         square = decay * adaptation_state.square + (1.0 - decay) * slope**2
         scale = math.sqrt(square / (1.0 - decay**updates))
-        log_length = adaptation_state.log_length + (self.lr * slope / scale if scale > 0.0 else 0.0)
+        log_length = adaptation_state.log_length + (
+            LEARNING_RATE * slope / scale if scale > 0.0 else 0.0
+        )
         weight = updates**-0.75
         average = weight * log_length + (1.0 - weight) * adaptation_state.log_average
         return ChEESAdaptationState(adaptation_state.warmup, log_length, average, square, updates)

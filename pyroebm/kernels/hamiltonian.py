@@ -111,7 +111,7 @@ def metropolis(
     error: Tensor,
     step_size: Tensor,
     num_steps: int,
-    generator: torch.Generator | None,
+    generator: torch.Generator | None = None,
 ) -> tuple[S, Info]:
     r"""Accept the new state of each chain with probability :math:`\min(1, e^{-\Delta})`.
 

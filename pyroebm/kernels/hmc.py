@@ -48,7 +48,6 @@ class HMC(GradientKernel):
 
     target_acceptance: ClassVar[float | None] = 0.8
     has_momentum: ClassVar[bool] = True
-    expected_gradients: ClassVar[float] = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +55,11 @@ class HMC(GradientKernel):
             raise ValueError(f"HMC: num_steps must be at least 1, got num_steps={self.num_steps}")
         if not 0.0 <= self.jitter < 1.0:
             raise ValueError(f"HMC: jitter must be in [0, 1), got jitter={self.jitter}")
+
+    @property
+    def expected_gradients(self) -> float:
+        """Number of leapfrog steps; see :attr:`Kernel.expected_gradients`."""
+        return float(self.num_steps)
 
     def probe(self) -> HMC:
         """Return the kernel with trajectories of one step."""

@@ -75,8 +75,8 @@ class ULA(GradientKernel):
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
         """Run one Langevin step of every chain."""
-        state, taken = self._move(energy, state, 1, generator)
-        accepted = taken[0]
+        state, all_accepted = self._move(energy, state, 1, generator)
+        accepted = all_accepted[0]
         return state, Info(
             acceptance_rate=accepted.to(state.x.dtype),
             accepted=accepted,
@@ -92,12 +92,12 @@ class ULA(GradientKernel):
         """Run ``num_steps`` steps; see :meth:`Kernel.steps`."""
         if type(self).step is not ULA.step:  # a subclass overrides step()
             return super().steps(energy, state, num_steps, generator)
-        most = MAX_FUSED_STEPS if is_compiled(energy) else num_steps
-        taken = []
-        for done in range(0, num_steps, most):
-            state, some = self._move(energy, state, min(most, num_steps - done), generator)
-            taken.append(some)
-        return state, torch.cat(taken).to(state.x.dtype).mean(0)
+        block = MAX_FUSED_STEPS if is_compiled(energy) else num_steps
+        accepted = []
+        for done in range(0, num_steps, block):
+            state, now = self._move(energy, state, min(block, num_steps - done), generator)
+            accepted.append(now)
+        return state, torch.cat(accepted).to(state.x.dtype).mean(0)
 
     def _move(
         self, energy: Energy, state: State, num_steps: int, generator: torch.Generator | None
@@ -118,12 +118,12 @@ class ULA(GradientKernel):
         quick_check = q.device.type == "cpu" and not is_compiled(energy)
         start = State(q, state.energy, grad)
         moved = fused(_langevin, energy, start, eps, noise, metric, quick_check=quick_check)
-        return state_of_rows(energy, *moved.state), moved.taken
+        return state_of_rows(energy, *moved.state), moved.accepted
 
 
 class _Moved(NamedTuple):
     state: State  #: with flattened positions ``(chains, dim)``
-    taken: Tensor  #: which proposals were accepted, ``(steps, chains)``
+    accepted: Tensor  #: which proposals were accepted, ``(steps, chains)``
 
 
 def _langevin(
@@ -138,17 +138,17 @@ def _langevin(
     """Run one step for each entry of ``noise``, ``(steps, chains, dim)``."""
     pushes = step_size * noise
     drift = 0.5 * step_size**2
-    everyone = torch.ones_like(state.energy, dtype=torch.bool)
-    taken = []
+    all_chains = torch.ones_like(state.energy, dtype=torch.bool)
+    accepted = []
     for push in pushes.unbind():
         q = state.x + metric.apply(push - drift * metric.transpose(state.grad))
-        proposal, finite = State(q, *row_value_and_grad(energy, q)), everyone
+        proposal, finite = State(q, *row_value_and_grad(energy, q)), all_chains
         if not (quick_check and math.isfinite(float(proposal.energy.sum() + proposal.grad.sum()))):
             finite = torch.isfinite(proposal.energy) & torch.isfinite(proposal.grad).all(1)
             proposal = choose(finite, proposal, state)
         state = proposal
-        taken.append(finite)
-    return _Moved(state, torch.stack(taken))
+        accepted.append(finite)
+    return _Moved(state, torch.stack(accepted))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

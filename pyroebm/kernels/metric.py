@@ -152,6 +152,16 @@ def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
     return type(inverse_mass)(*(part.to(like) for part in inverse_mass))
 
 
+def scaled(inverse_mass: Tensor | Metric | None, factor: float, like: Tensor) -> Tensor | Metric:
+    """Return ``inverse_mass`` multiplied by a number, for positions of shape ``(chains, dim)``."""
+    metric = metric_of(inverse_mass, like)
+    if isinstance(metric, Identity):
+        return torch.full_like(like[0], factor)
+    if isinstance(metric, Diagonal):
+        return factor * metric.scale**2
+    return metric._replace(**{metric._fields[0]: factor**0.5 * metric[0]})
+
+
 def metric_tensors(inverse_mass: Tensor | Metric | None) -> tuple[Tensor, ...]:
     """Return the tensors of ``inverse_mass``, for checks."""
     if inverse_mass is None:

@@ -31,6 +31,9 @@ from pyroebm.kernels.underdamped import MomentumKernel, MomentumState, momentum_
 
 __all__ = ["AdjustedMCLMC", "EnergyVarianceAdaptation", "MCLMC", "isokinetic_leapfrog", "turn"]
 
+#: Effective number of steps of the running average of :class:`EnergyVarianceAdaptation`.
+MEMORY = 50
+
 
 def turn(u: Tensor, force: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
     r"""Rotate unit velocities under a constant force, by the exact solution.
@@ -233,10 +236,9 @@ class EnergyVarianceAdaptation:
         target: squared energy error per dimension to aim at, in nats squared; a smaller value gives
             a smaller bias.
         metric: whether to learn the diagonal metric.
-        memory: effective number of steps of the running average.
 
     Raises:
-        ValueError: if ``target`` is not positive and finite or ``memory`` is below 1.
+        ValueError: if ``target`` is not positive and finite.
 
     Example:
         >>> EnergyVarianceAdaptation().target
@@ -245,14 +247,10 @@ class EnergyVarianceAdaptation:
 
     target: float = 5e-4
     metric: bool = True
-    memory: int = 50
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.target < math.inf or self.memory < 1:
-            raise ValueError(
-                "target must be positive and finite and memory at least 1, got"
-                f" target={self.target}, memory={self.memory}"
-            )
+        if not 0.0 < self.target < math.inf:
+            raise ValueError(f"target must be positive and finite, got target={self.target}")
 
     def start(
         self,
@@ -291,7 +289,7 @@ class EnergyVarianceAdaptation:
         else:
             errors += 1
             squared = float((error[info.accepted].double() ** 2).mean()) / rows(state.x).shape[1]
-            ratio += max(1.0 / errors, 1.0 / self.memory) * (squared / size**6 - ratio)
+            ratio += max(1.0 / errors, 1.0 / MEMORY) * (squared / size**6 - ratio)
             new = (
                 min((self.target / ratio) ** (1.0 / 6.0), 2.0 * size) if ratio > 0.0 else 2.0 * size
             )

@@ -413,7 +413,6 @@ class LadderAdaptation:
 
     Args:
         target_acceptance: acceptance rate to aim at; None uses the inner kernel's own.
-        ladder: whether to adapt the temperatures between the two ends.
 
     Raises:
         ValueError: if ``target_acceptance`` is outside (0, 1).
@@ -431,7 +430,6 @@ class LadderAdaptation:
     """
 
     target_acceptance: float | None = None
-    ladder: bool = True
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
@@ -468,7 +466,7 @@ class LadderAdaptation:
         generator: torch.Generator | None = None,
     ) -> tuple[ParallelTempering, TemperedState, Info, LadderAdaptationState]:
         """Run one step of a warm-up of ``num_steps`` and update the adaptation."""
-        rounds = windows(num_steps) if self.ladder else []
+        rounds = windows(num_steps)
         if any(adaptation_state.step == begin for begin, _ in rounds):
             state = kernel.restart(state)
         state, info, inner = kernel.transition(energy, state, generator)

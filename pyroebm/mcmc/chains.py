@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.energy import Energy
 from pyroebm.core.serialization import from_text, pack, to_text, unpack
 from pyroebm.core.supports import event_numel, inside
@@ -576,23 +578,25 @@ class ChainBatch:
                 record.load(tensors[f"{name}.x"], stats)
 
 
-def check_initial(energy: Energy, initial: Tensor, num_chains: int) -> None:
-    """Raise ValueError unless ``initial`` holds a state in the support for each chain."""
-    if (
-        not isinstance(initial, Tensor)
-        or initial.dim() != 1 + len(energy.event_shape)
-        or len(initial) != num_chains
-    ):
-        shape = tuple(initial.shape) if isinstance(initial, Tensor) else type(initial).__name__
+def check_initial(energy: Energy, initial: Tensor | np.ndarray, num_chains: int) -> Tensor:
+    """Return starting states as a tensor.
+
+    Raises:
+        ValueError: unless ``initial`` holds a state in the support for each chain.
+    """
+    states = as_tensor(initial, energy.dtype, energy.device, "initial")
+    if states.dim() != 1 + len(energy.event_shape) or len(states) != num_chains:
         raise ValueError(
-            f"initial must hold one state for each of num_chains={num_chains}, got shape {shape}"
+            f"initial must hold one state for each of num_chains={num_chains}, got shape"
+            f" {tuple(states.shape)}"
         )
-    energy.check_states(initial, "initial")
-    legal = inside(energy.support, initial, len(energy.event_shape))
+    energy.check_states(states, "initial")
+    legal = inside(energy.support, states, len(energy.event_shape))
     if not bool(legal.all()):
         row = int((~legal).nonzero()[0])
         raise ValueError(
             f"initial must lie in support={energy.support}: {int((~legal).sum())} of"
-            f" {len(initial)} rows do not, the first is row {row} with {initial[row].tolist()};"
+            f" {len(states)} rows do not, the first is row {row} with {states[row].tolist()};"
             " use energy.initial(num_chains)"
         )
+    return states

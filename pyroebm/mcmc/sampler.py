@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.util import select_samples
@@ -27,6 +27,8 @@ from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
+from pyroebm.diagnostics.arviz_data import Coords, Dims
+from pyroebm.diagnostics.pyro_model import model_groups
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 from pyroebm.kernels.adaptation.starts import draw_starts
@@ -91,13 +93,17 @@ BUFFER_BYTES = 2**28
 #: Maximum number of steps of one turn of asynchronous chains.
 MAX_TURN_STEPS = 1024
 
+#: Seconds between writes of draws and states to the folder of a run.
+CHECKPOINT_EVERY = 60.0
+
 
 class MCMC(AbstractMCMC):
     """Sample an energy with many chains in one process.
 
     The chains are the batch axis of every tensor.
     Chains are divided into chain batches, each with its own random numbers and its own adaptation.
-    The draws of a chain do not depend on the number of batches or on the process that runs them.
+    With the same seed and ``chain_batch_size``, the draws of a batch depend neither on the number
+    of other batches nor on the thread or process that runs it.
 
     Args:
         kernel: a kernel of :mod:`pyroebm.kernels`.
@@ -120,13 +126,12 @@ class MCMC(AbstractMCMC):
             :meth:`get_moments`.
         progress: True shows a progress bar, False does not, None shows it if the run takes longer
             than a second. With several ranks the first shows it.
-        site: name of the variable in the results.
         chain_batch_size: number of chains of one batch. Larger batches share the overhead of a step
             and one adaptation.
         num_threads: number of threads for the batches. The draws do not depend on it. Compiled
             gradients and :class:`NUTS` run concurrently in several threads; kernels and energies in
             Python do not.
-        ranks: number of this process and number of processes, which share the batches; see
+        ranks: (number of this process, number of processes) that share the batches, as from
             :func:`pyroebm.training.ranks`. Results in memory are those of this process's chains.
 
     Attributes:
@@ -164,7 +169,6 @@ class MCMC(AbstractMCMC):
         save_warmup: bool = True,
         keep: Literal["draws", "moments"] = "draws",
         progress: bool | None = None,
-        site: str = "x",
         chain_batch_size: int = 64,
         num_threads: int = 1,
         ranks: tuple[int, int] = (0, 1),
@@ -199,7 +203,6 @@ class MCMC(AbstractMCMC):
         self.seed = fresh_seed(seed)
         self.keep = keep
         self.progress = progress
-        self.site = site
         self.transforms = {}
         self.compile = compile
         self.num_threads = num_threads
@@ -227,10 +230,9 @@ class MCMC(AbstractMCMC):
     def run(
         self,
         energy: Energy,
-        initial: Tensor | None = None,
+        initial: Tensor | np.ndarray | None = None,
         *,
         store: str | Path | None = None,
-        checkpoint_every: float = 60.0,
     ) -> None:
         """Run the warm-up and draw samples.
 
@@ -238,12 +240,11 @@ class MCMC(AbstractMCMC):
             energy: the energy to sample; a constrained support is sampled in unconstrained
                 coordinates, a discrete one directly.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained)
-                space; None draws them with ``energy.initial``, for each chain the first candidate
-                from which a trial leapfrog step is accepted.
+                space; None draws them with ``energy.initial``, for gradient kernels again, up to
+                50 times, until a trial step is accepted.
             store: a folder to stream the draws to, for runs that do not fit in memory or may be
-                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. None
-                keeps the draws in memory.
-            checkpoint_every: seconds between writes of draws and states to the folder.
+                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. Draws
+                and states are written every minute. None keeps the draws in memory.
 
         Raises:
             ValueError: if ``energy`` is not an Energy or the kernel does not move on its support,
@@ -251,14 +252,12 @@ class MCMC(AbstractMCMC):
                 ``store`` already holds a run.
         """
         target = self._target_of(energy)
-        folder = (
-            None if store is None else Store(store, functools.partial(target.named, site=self.site))
-        )
+        folder = None if store is None else Store(store, target.named)
         if self.plan.kernel.runs_ahead(target):
             self._compile_driver(target.dtype)
         with eval_mode(energy):
             if initial is not None:
-                check_initial(energy, initial, self.num_chains)
+                initial = check_initial(energy, initial, self.num_chains)
             batches = []
             for number in self.layout.batches:
                 chains, generator = (
@@ -280,9 +279,9 @@ class MCMC(AbstractMCMC):
         self._target = target
         self._batches = batches
         self._store = folder
-        self._advance(self.num_samples, checkpoint_every)
+        self._advance(self.num_samples)
 
-    def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
+    def run_more(self, num_samples: int) -> None:
         """Continue the chains for ``num_samples`` more draws: the same as one longer run.
 
         Energies and gradients are recomputed first, so an energy that was trained in between is
@@ -290,7 +289,6 @@ class MCMC(AbstractMCMC):
 
         Args:
             num_samples: number of further draws of each chain.
-            checkpoint_every: as in :meth:`run`.
 
         Raises:
             ValueError: if there is no run with a finished warm-up, or ``num_samples`` < 1.
@@ -306,14 +304,12 @@ class MCMC(AbstractMCMC):
         with eval_mode(self._target):
             for batch in self._batches:
                 batch.refresh()
-        self._advance(goal, checkpoint_every)
+        self._advance(goal)
 
     def resume(
         self,
         energy: Energy | None = None,
         store: str | Path | None = None,
-        *,
-        checkpoint_every: float = 60.0,
     ) -> None:
         """Finish an interrupted run, with the same draws as an uninterrupted one.
 
@@ -323,7 +319,6 @@ class MCMC(AbstractMCMC):
             energy: the energy of the run.
             store: the folder of the run. Without ``energy`` and ``store`` the run in memory is
                 continued (after Ctrl-C or :meth:`load_state_dict`).
-            checkpoint_every: as in :meth:`run`.
 
         Raises:
             ValueError: if there is no run to continue, or if the run in the folder has other
@@ -336,7 +331,7 @@ class MCMC(AbstractMCMC):
             )
         if energy is not None and store is not None:
             target = self._target_of(energy)
-            folder = Store(store, functools.partial(target.named, site=self.site))
+            folder = Store(store, target.named)
             states = {number: folder.load(number) for number in self.layout.batches}
             self._load(
                 {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
@@ -350,7 +345,7 @@ class MCMC(AbstractMCMC):
             )
         if not self.compiled:
             self._compile(self._target, self._batches, self.num_samples)
-        self._advance(max(self._goal, self.num_samples), checkpoint_every)
+        self._advance(max(self._goal, self.num_samples))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what :meth:`resume` and :meth:`run_more` need, and all draws, as tensors.
@@ -503,7 +498,7 @@ class MCMC(AbstractMCMC):
                 target,
                 start,
                 generator,
-                named=functools.partial(target.named, site=self.site),
+                named=target.named,
             )
         if store is None:
             return ChainBatch(self.plan, target, start, generator)
@@ -519,11 +514,10 @@ class MCMC(AbstractMCMC):
             max(1, affordable),
         )
 
-    def _advance(self, goal: int, checkpoint_every: float) -> None:
+    def _advance(self, goal: int) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
         self.interrupted = False
         self._goal = goal
-        self._every = checkpoint_every
         phase = "compilation" if self._stopped else "warm-up"
         if self.keep == "draws":
             draws, chains = (
@@ -591,7 +585,7 @@ class MCMC(AbstractMCMC):
 
         ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn`` counts from 0 in each.
         """
-        if time.monotonic() - self._saved >= self._every:
+        if time.monotonic() - self._saved >= CHECKPOINT_EVERY:
             self._save()
 
     def _save(self) -> None:
@@ -646,7 +640,7 @@ class MCMC(AbstractMCMC):
         """
         draws = self._draws(warmup)
         samples: dict[str, Tensor] = select_samples(
-            self._target.named(draws, self.site), num_samples, group_by_chain
+            self._target.named(draws), num_samples, group_by_chain
         )
         return samples
 
@@ -680,20 +674,54 @@ class MCMC(AbstractMCMC):
             )
         return {name: StreamingMoments.joined([each[name] for each in kept]) for name in kept[0]}
 
-    def to_arviz(self) -> Any:
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = False,
+        prior: Mapping[str, Tensor] | None = None,
+        posterior_predictive: Mapping[str, Tensor] | None = None,
+        dims: Dims | None = None,
+        coords: Coords | None = None,
+    ) -> Any:
         """Convert draws and statistics, warm-up included, to ArviZ.
+
+        For a Pyro model (:class:`pyroebm.ModelEnergy`) the container has also its deterministic
+        sites, ``observed_data`` and ``constant_data``, and plates are named dimensions.
+
+        Args:
+            log_likelihood: whether to add the log-density of each observation of a Pyro model at
+                each draw, for ``arviz.loo``.
+            prior: draws from the prior, shape ``(n, *event)``, such as those of
+                ``Predictive(model, num_samples=n)``. Sites that are not in the posterior are in
+                ``prior_predictive``.
+            posterior_predictive: draws from the posterior predictive distribution, shape ``(chains
+                * draws, *event)``, such as those of ``Predictive(model, mcmc.get_samples())``.
+            dims: names of the dimensions of variables, before those of plates.
+            coords: labels along dimensions, also along plates.
 
         Returns:
             ArviZ's InferenceData (DataTree from ArviZ 1.0 on).
+
+        Raises:
+            ValueError: if nothing was drawn; if ``log_likelihood`` is asked for without a Pyro
+                model; if draws, ``dims`` or ``coords`` do not fit.
         """
-        samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         warm = all(record.count for record in self._records(warmup=True))
+        groups = model_groups(
+            self._target,
+            self.get_samples(group_by_chain=True),
+            log_likelihood=log_likelihood,
+            prior=prior,
+            posterior_predictive=posterior_predictive,
+            dims=dims,
+        )
         return diagnostics.to_arviz(
-            samples,
-            stats,
+            sample_stats=self.get_stats(),
             warmup_posterior=self.get_samples(group_by_chain=True, warmup=True) if warm else None,
             warmup_sample_stats=self.get_stats(warmup=True) if warm else None,
+            coords=coords,
             attrs=self._attributes(),
+            **groups,
         )
 
     def stuck_chains(self) -> list[int]:
@@ -733,7 +761,8 @@ class MCMC(AbstractMCMC):
             **options: passed to ``arviz.summary``.
         """
         self._warn_of_stuck_chains(stacklevel=3)
-        return diagnostics.summary(self.to_arviz(), **options)
+        draws = diagnostics.to_arviz(self.get_samples(group_by_chain=True))
+        return diagnostics.summary(draws, **options)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
@@ -750,7 +779,7 @@ class MCMC(AbstractMCMC):
                 min_ess,
                 kernel=self.plan.kernel,
                 energy=self._target,
-                named=functools.partial(self._target.named, site=self.site),
+                named=self._target.named,
                 first_chain=self.layout.chains(self.layout.batches[0]).start,
                 num_chains=self.num_chains,
             )

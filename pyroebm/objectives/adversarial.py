@@ -18,7 +18,7 @@ from pyroebm.nn.generators import Generator, batch_norms
 from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import check_batch
-from pyroebm.objectives.variational.reverse_kl import check_options, estimate_kl
+from pyroebm.objectives.variational.reverse_kl import check_gradient, estimate_kl
 
 __all__ = [
     "Adversarial",
@@ -84,6 +84,8 @@ class Adversarial(Objective):
         >>> sorted(losses), "log_likelihood_bound" in metrics
         (['energy', 'generator'], True)
     """
+
+    measures_fit = False
 
     #: Whether the loss of q is an unbiased estimate of E_q[E] - H(q). Only then is its value a
     #: bound on the likelihood.
@@ -215,7 +217,7 @@ class AdversarialFlow(Adversarial):
         gradient: str = "stl",
     ) -> None:
         super().__init__(num_samples, gradient_penalty)
-        check_options(gradient=gradient)
+        check_gradient(gradient)
         self.flow, self.gradient = flow, gradient
 
     def negative(

@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyroebm.core.arrays import as_tensor, tensor_of_numbers
 from pyroebm.core.energy import Energy
+from pyroebm.flows.flow import Flow
 
-__all__ = ["HasLosses", "Objective"]
+__all__ = ["HasLosses", "Objective", "module_dtype"]
+
+
+def module_dtype(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype and device of a module.
+
+    They are the attributes of an energy or a flow, else those of the first floating-point parameter
+    or buffer.
+    """
+    if isinstance(module, Energy | Flow):
+        return module.dtype, module.device
+    tensors = (*module.parameters(), *module.buffers())
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    return first.dtype, first.device
 
 
 class Objective(nn.Module):
@@ -30,6 +46,10 @@ class Objective(nn.Module):
             along a half cosine.
         takes_labels: whether a batch is a tuple, such as events and labels; otherwise it is one
             tensor of events, and tuples are an error.
+        measures_fit: whether losses of different steps can be compared, so that a lower one is a
+            better fit. If not, early stopping needs another ``validation_objective``.
+        constants: names of the buffers that do not change during training, such as given draws; a
+            checkpoint can only be restored with the same ones.
 
     Example:
         >>> from pyroebm.objectives import ReverseKL
@@ -40,6 +60,17 @@ class Objective(nn.Module):
     lr: float = 1e-3
     schedule: str | None = None
     takes_labels: ClassVar[bool] = False
+    constants: ClassVar[tuple[str, ...]] = ()
+    measures_fit: bool = True
+
+    def __call__(self, module: Any, batch: Any = None, /, **options: Any) -> Any:
+        """Call :meth:`forward`; NumPy arrays of a batch are converted to tensors."""
+        arrays = isinstance(batch, np.ndarray) or (
+            isinstance(batch, tuple) and any(isinstance(part, np.ndarray) for part in batch)
+        )
+        if arrays:
+            batch = _tensors(batch, *module_dtype(module))
+        return super().__call__(module, batch, **options)
 
     def begin_step(self, step: int, num_steps: int) -> None:
         """Prepare step ``step`` of ``num_steps``, counted from 0.
@@ -67,6 +98,21 @@ class Objective(nn.Module):
             f"{type(self).__name__} must define forward(module, batch, *, generator) -> (loss,"
             " metrics)"
         )
+
+
+def _tensors(batch: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Convert the arrays of a batch; those after the events keep integers, which are labels."""
+    if not isinstance(batch, tuple):
+        return as_tensor(batch, dtype, device, "batch")
+    first, *others = batch
+    tensors = [
+        tensor_of_numbers(part, "batch") if isinstance(part, np.ndarray) else part
+        for part in others
+    ]
+    return (
+        as_tensor(first, dtype, device, "batch"),
+        *(part.to(device, dtype if part.is_floating_point() else part.dtype) for part in tensors),
+    )
 
 
 @runtime_checkable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,22 +64,19 @@ class ContrastiveDivergence(Objective):
     *value* of L is no measure of convergence.
 
     A layered machine (:class:`~pyroebm.energies.layered.LayeredMachine`) is sampled by block Gibbs
-    sweeps, and its odd layers are summed out of both terms. ``batch`` has its visible units; with
-    more than one hidden layer the others are at their mean field given the data (Salakhutdinov and
-    Hinton, 2009). For any other energy ``kernel`` updates whole events.
+    sweeps, and its odd layers are summed out of both terms. ``batch`` has its visible units. If
+    there is more than one hidden layer, the data term sets the hidden layers of even index to their
+    mean-field values given the batch (Salakhutdinov and Hinton, 2009). For any other energy
+    ``kernel`` updates whole events.
 
     Args:
         k: number of steps of a chain; for layered machines, of Gibbs sweeps.
         kernel: any kernel of :mod:`pyroebm.kernels`; None uses block Gibbs sweeps for layered
             machines, :class:`~pyroebm.kernels.BlockGibbs` or :class:`~pyroebm.Gibbs` on other
             discrete supports, and ``MALA(0.1)`` on continuous ones.
-        energy_penalty: :math:`\alpha \ge 0`: adds :math:`\alpha (\overline{E(x)^2} +
-            \overline{E(\tilde x)^2})` to the loss, which keeps energies near 0 (Du and Mordatch,
-            2019). Only for chains that are updated by a kernel.
 
     Raises:
-        ValueError: if k < 1, ``kernel`` is no kernel, the penalty is negative or does not apply, or
-            a batch does not fit the energy.
+        ValueError: if k < 1, ``kernel`` is no kernel, or a batch does not fit the energy.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -94,14 +90,13 @@ class ContrastiveDivergence(Objective):
         True
     """
 
-    def __init__(
-        self, k: int = 1, kernel: Kernel[Any] | None = None, *, energy_penalty: float = 0.0
-    ) -> None:
+    measures_fit = False
+
+    def __init__(self, k: int = 1, kernel: Kernel[Any] | None = None) -> None:
         super().__init__()
-        check_chain(k, kernel, energy_penalty)
+        check_chain(k, kernel)
         self.k = k
         self.kernel = kernel
-        self.energy_penalty = energy_penalty
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
@@ -114,28 +109,21 @@ class ContrastiveDivergence(Objective):
         """
         if self.kernel is not None or not isinstance(energy, LayeredMachine):
             check_batch(energy, batch)
-            end, rate = advance(energy, self.kernel, batch, self.k, generator)
-            return contrastive_loss(
-                energy(batch), energy(end), kernel_metrics(self.kernel, rate), self.energy_penalty
-            )
-        if self.energy_penalty:
-            raise ValueError(
-                "energy_penalty must be 0 without a kernel, got"
-                f" energy_penalty={self.energy_penalty}: give kernel for {type(energy).__name__}"
-            )
+            end, rate = run_chains(energy, self.kernel, batch, self.k, generator)
+            return contrastive_loss(energy(batch), energy(end), kernel_metrics(self.kernel, rate))
         layers = energy.layers()
         with torch.no_grad():
             data = mean_field(layers, visible(layers, batch, type(energy).__name__))
             fields = odd_fields(layers, data)
             chain_fields = fields
             for _ in range(self.k):
-                even = draw_even(layers, draw_odd(layers, chain_fields, generator), generator)
-                chain_fields = odd_fields(layers, even)
-        both = {k: torch.cat([field, chain_fields[k]]) for k, field in fields.items()}
-        return contrast(layers, stack_layers(data, even), both, len(batch))
+                chains = draw_even(layers, draw_odd(layers, chain_fields, generator), generator)
+                chain_fields = odd_fields(layers, chains)
+        both = {layer: torch.cat([field, chain_fields[layer]]) for layer, field in fields.items()}
+        return contrast(layers, stack_layers(data, chains), both, len(batch))
 
 
-def advance(
+def run_chains(
     energy: Energy, kernel: Kernel[Any] | None, x: Tensor, k: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Return the states ``(chains, *event)`` after k steps of a kernel, and the acceptance rate.
@@ -172,15 +160,11 @@ def stack_layers(data: PartialLayers, chains: PartialLayers) -> list[Tensor | No
     ]
 
 
-def check_chain(k: int, kernel: Kernel[Any] | None, energy_penalty: float) -> None:
+def check_chain(k: int, kernel: Kernel[Any] | None) -> None:
     """Raise ValueError unless these are settings of a chain in an objective."""
     check_counts({"k": 1}, k)
     if kernel is not None:
         check_kernel(kernel)
-    if not 0.0 <= energy_penalty < math.inf:
-        raise ValueError(
-            f"energy_penalty must be at least 0 and finite, got energy_penalty={energy_penalty}"
-        )
 
 
 def check_batch(energy: Energy, batch: Tensor) -> None:
@@ -221,16 +205,11 @@ def kernel_metrics(kernel: Kernel[Any] | None, rate: Tensor) -> Metrics:
     )
 
 
-def contrastive_loss(
-    data: Tensor, model: Tensor, metrics: Metrics, energy_penalty: float = 0.0
-) -> tuple[Tensor, Metrics]:
-    """Return the mean energy of the data minus that of the model plus the penalty, and metrics."""
+def contrastive_loss(data: Tensor, model: Tensor, metrics: Metrics) -> tuple[Tensor, Metrics]:
+    """Return the mean energy of the data minus that of the model, and metrics."""
     positive, negative = data.mean(), model.mean()
-    loss = gap = positive - negative
-    if energy_penalty:
-        penalty = energy_penalty * (data.square().mean() + model.square().mean())
-        loss, metrics = gap + penalty, {"energy_penalty": penalty.detach(), **metrics}
-    return loss, {
+    gap = positive - negative
+    return gap, {
         "energy_data": positive.detach(),
         "energy_model": negative.detach(),
         "energy_gap": gap.detach(),

@@ -55,6 +55,8 @@ class FlowContrastive(Objective):
         (['energy', 'flow'], 5)
     """
 
+    measures_fit = False
+
     def __init__(self, flow: Flow, log_z: float = 0.0) -> None:
         super().__init__()
         self._noise = Noise(flow)  # for its checks only; the flow itself is trained here

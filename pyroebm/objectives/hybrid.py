@@ -3,52 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
 from pyroebm.energies.classifier import ClassifierEnergy, check_labels
-from pyroebm.objectives.base import HasLosses, Objective
-from pyroebm.objectives.persistent import ReplayBufferCD
+from pyroebm.objectives.base import Objective
 
-__all__ = ["Hybrid", "Mode"]
+__all__ = ["Hybrid"]
 
 Metrics = dict[str, Tensor]
-Mode = Literal["joint", "marginal", "conditional"]
 
 
 class Hybrid(Objective):
     r"""Hybrid loss of a :class:`~pyroebm.energies.ClassifierEnergy` (JEM; Grathwohl et al., 2020).
 
-    .. math:: L = -\frac{a}{n} \sum_i \log p(y_i \mid x_i) + w\, G
+    .. math:: L = -\frac1n \sum_i \log p(y_i \mid x_i) + w\, G
 
     G is the loss of any objective of unlabeled events, which replaces their negative mean
     log-likelihood (contrastive objectives approximate its gradient, score matching has the same
-    minimum). The fitted distribution depends on ``mode``:
-
-    - ``"joint"``, as in JEM: G is of :math:`p(x)` and a = 1; for w = 1 the fitted distribution is
-      :math:`p(x, y) = p(x)\, p(y \mid x)`.
-    - ``"marginal"``: G is of :math:`p(x)` and a = 0; classes are not used.
-    - ``"conditional"``: G is of :math:`p(x \mid y)` and a = 1, for :math:`p(x \mid y)\, p(y \mid
-      x)`.
-
-    Without ``generative`` only :math:`p(y \mid x)` is trained, an ordinary classifier. In every
-    mode ``energy.given(y)`` is the energy of the events of a class, from which they are sampled.
+    minimum). For w = 1 the fitted distribution is :math:`p(x, y) = p(x)\, p(y \mid x)`. Without
+    ``generative`` only :math:`p(y \mid x)` is trained, an ordinary classifier. ``energy.given(y)``
+    is the energy of the events of a class, from which they are sampled.
 
     Args:
         generative: an objective that is called with x alone, such as
             :class:`ContrastiveDivergence` or :class:`ReplayBufferCD`, a submodule. None omits G.
-        mode: "joint", "marginal" or "conditional".
         weight: w > 0, dimensionless.
 
     Raises:
-        ValueError: if ``mode`` is unknown; ``weight`` is not positive and finite; ``generative`` is
-            no objective, or None in mode "marginal"; ``mode`` is "conditional" with
-            :class:`ReplayBufferCD`, whose chains persist while the classes of the rows change, or
-            with an objective of several losses, whose sampler does not depend on the class; the
-            energy is no classifier; or the batch is no pair of events and classes.
+        ValueError: if ``weight`` is not positive and finite, ``generative`` is no objective, the
+            energy is no classifier, or the batch is no pair of events and classes.
 
     Example:
         >>> from pyroebm.energies import ClassifierEnergy
@@ -64,12 +50,8 @@ class Hybrid(Objective):
 
     takes_labels = True
 
-    def __init__(
-        self, generative: Objective | None = None, *, mode: Mode = "joint", weight: float = 1.0
-    ) -> None:
+    def __init__(self, generative: Objective | None = None, *, weight: float = 1.0) -> None:
         super().__init__()
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {list(get_args(Mode))}, got mode={mode!r}")
         if not 0.0 < weight < math.inf:
             raise ValueError(
                 f"weight must be positive and finite, got weight={weight}; give generative=None for"
@@ -79,24 +61,8 @@ class Hybrid(Objective):
             raise ValueError(
                 f"generative must be an Objective or None, got {type(generative).__name__}"
             )
-        if generative is None and mode == "marginal":
-            raise ValueError(
-                "mode='marginal' has only the generative term: give generative, such as"
-                " ReplayBufferCD()"
-            )
-        if mode == "conditional" and isinstance(generative, ReplayBufferCD):
-            raise ValueError(
-                "mode='conditional' cannot take ReplayBufferCD, whose chains persist while the"
-                " classes of the batch change. Use ContrastiveDivergence, or mode='joint' and"
-                " sample from energy.given(y)"
-            )
-        if mode == "conditional" and isinstance(generative, HasLosses):
-            raise ValueError(
-                f"mode='conditional' cannot take {type(generative).__name__}, whose sampler does"
-                " not depend on the class. Use mode='joint'"
-            )
+        self.measures_fit = generative is None or generative.measures_fit
         self.generative = generative
-        self.mode = mode
         self.weight = weight
 
     def forward(
@@ -131,7 +97,5 @@ class Hybrid(Objective):
         if self.generative is None:
             with torch.no_grad():
                 return class_nll, metrics | {"energy_data": energy(x).mean()}
-        target = energy.given(y) if self.mode == "conditional" else energy
-        loss, generative_metrics = self.generative(target, x, generator=generator)
-        loss = self.weight * loss if self.mode == "marginal" else class_nll + self.weight * loss
-        return loss, metrics | generative_metrics
+        loss, generative_metrics = self.generative(energy, x, generator=generator)
+        return class_nll + self.weight * loss, metrics | generative_metrics

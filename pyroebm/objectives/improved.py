@@ -1,4 +1,4 @@
-"""Improved contrastive divergence, with a KL gradient through the last steps of the sampler."""
+"""Improved contrastive divergence, with a KL gradient through the last step of the sampler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, score
 from pyroebm.core.supports import is_real
 from pyroebm.core.wrappers import eval_mode
@@ -17,10 +16,10 @@ from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.contrastive import (
     Initial,
     Metrics,
-    advance,
     check_batch,
     contrastive_loss,
     kernel_metrics,
+    run_chains,
 )
 from pyroebm.objectives.persistent import ReplayBufferCD
 
@@ -35,30 +34,25 @@ class ImprovedCD(ReplayBufferCD):
     The distribution :math:`q_\theta` of the chains after their Langevin steps depends on the
     energy. The term
 
-    .. math:: w \, \mathrm{KL}(q_\theta \,\|\, p_{\bar\theta}) + \text{const}
-        = w \big( E_{q_\theta}[E_{\bar\theta}(x)] - H(q_\theta) \big)
+    .. math:: \mathrm{KL}(q_\theta \,\|\, p_{\bar\theta}) + \text{const}
+        = E_{q_\theta}[E_{\bar\theta}(x)] - H(q_\theta)
 
     is added to the loss of :class:`ReplayBufferCD`, with :math:`\bar\theta = \theta` held fixed in
-    the energy. Its gradient is taken through the last ``through`` steps of the sampler alone, and
-    moves the sampler towards the model. The exact gradient of :math:`\mathrm{KL}(p_D \| p_\theta) -
-    \mathrm{KL}(q_\theta \| p_\theta)` has this term with the *opposite* sign (Hinton, 2002), which
-    is ``kl_weight=-1``. The default, 1, is that of the paper; it does not descend on this
-    difference.
+    the energy. Its gradient is taken through the last step of the sampler alone, as in the paper,
+    and moves the sampler towards the model. The exact gradient of :math:`\mathrm{KL}(p_D \|
+    p_\theta) - \mathrm{KL}(q_\theta \| p_\theta)` has this term with the *opposite* sign (Hinton,
+    2002), so the loss does not descend on this difference.
 
     H is estimated from nearest neighbors (:func:`nearest_neighbor_entropy`), which couples the
     chains.
 
     Args:
-        num_chains: as in :class:`ReplayBufferCD`.
+        num_chains: as in :class:`ReplayBufferCD`, at least 2.
         k: as in :class:`ReplayBufferCD`.
         kernel: Langevin steps with a scalar step size; None is ``ULA(0.1)``.
-        through: number of last steps with a gradient, 1 to k; each costs a second derivative.
-        kl_weight: w, any number.
-        entropy_weight: weight of H; 0 omits the entropy.
         buffer_size: as in :class:`ReplayBufferCD`.
         restart: as in :class:`ReplayBufferCD`.
         initial: as in :class:`ReplayBufferCD`.
-        energy_penalty: as in :class:`ReplayBufferCD`.
 
     Raises:
         ValueError: if a number is out of range, ``kernel`` is no ULA or has a metric, or the
@@ -78,43 +72,22 @@ class ImprovedCD(ReplayBufferCD):
         k: int = 20,
         kernel: ULA | None = None,
         *,
-        through: int = 1,
-        kl_weight: float = 1.0,
-        entropy_weight: float = 1.0,
         buffer_size: int | None = None,
         restart: float = 0.0,
         initial: Initial = None,
-        energy_penalty: float = 0.0,
     ) -> None:
         kernel = ULA(0.1) if kernel is None else kernel
         super().__init__(
-            num_chains,
-            k,
-            kernel,
-            buffer_size=buffer_size,
-            restart=restart,
-            initial=initial,
-            energy_penalty=energy_penalty,
+            num_chains, k, kernel, buffer_size=buffer_size, restart=restart, initial=initial
         )
-        check_counts({"through": 1}, through)
-        if through > k:
-            raise ValueError(f"through must be at most k, got through={through}, k={k}")
         if not isinstance(kernel, ULA) or kernel.inverse_mass is not None:
             raise ValueError(f"kernel must be a ULA without inverse_mass, got {kernel}")
-        if not (math.isfinite(kl_weight) and math.isfinite(entropy_weight)):
-            raise ValueError(
-                f"kl_weight and entropy_weight must be finite, got kl_weight={kl_weight},"
-                f" entropy_weight={entropy_weight}"
-            )
-        if entropy_weight and num_chains < 2:
+        if num_chains < 2:
             raise ValueError(
                 "num_chains must be at least 2 to estimate the entropy from neighbors, got"
-                f" num_chains={num_chains}; give more chains, or entropy_weight=0"
+                f" num_chains={num_chains}"
             )
         self.langevin = kernel
-        self.through = through
-        self.kl_weight = kl_weight
-        self.entropy_weight = entropy_weight
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
@@ -131,29 +104,23 @@ class ImprovedCD(ReplayBufferCD):
         check_batch(energy, batch)
         taken, x = self.take(energy, generator)
         rate = torch.ones((), dtype=energy.dtype, device=energy.device)
-        if self.k > self.through:
-            x, rate = advance(energy, self.langevin, x, self.k - self.through, generator)
+        if self.k > 1:
+            x, rate = run_chains(energy, self.langevin, x, self.k - 1, generator)
         with eval_mode(energy):
-            for _ in range(self.through):
-                x = langevin_step(energy, x, self.langevin, generator)
+            x = langevin_step(energy, x, self.langevin, generator)
             with frozen(energy):
                 values = energy(x)
         self.put(taken, x.detach())
         loss, metrics = contrastive_loss(
-            energy(batch),
-            energy(x.detach()),
-            kernel_metrics(self.langevin, rate),
-            self.energy_penalty,
+            energy(batch), energy(x.detach()), kernel_metrics(self.langevin, rate)
         )
-        divergence = values.mean()
-        if self.entropy_weight:
-            entropy = nearest_neighbor_entropy(x)
-            divergence, metrics = (
-                divergence - self.entropy_weight * entropy,
-                metrics | {"entropy_model": entropy.detach()},
-            )
+        entropy = nearest_neighbor_entropy(x)
+        divergence = values.mean() - entropy
         # only the gradient is added: the value of the loss stays that of ReplayBufferCD
-        return loss + self.kl_weight * (divergence - divergence.detach()), metrics
+        return (
+            loss + (divergence - divergence.detach()),
+            metrics | {"entropy_model": entropy.detach()},
+        )
 
 
 def langevin_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,13 @@ from pyroebm.objectives.contrastive import (
     HasMeanField,
     Initial,
     Metrics,
-    advance,
     check_batch,
     check_chain,
     concatenate_layers,
     contrastive_loss,
     initial_states,
     kernel_metrics,
+    run_chains,
     stack_layers,
 )
 from pyroebm.objectives.layered import (
@@ -44,6 +45,8 @@ __all__ = ["PersistentCD", "ReplayBufferCD"]
 
 class _Persistent(Objective):
     """Base class of objectives with persistent chains, which are a buffer in ``state_dict``."""
+
+    measures_fit = False
 
     chains: Tensor | None
 
@@ -192,7 +195,9 @@ class ReplayBufferCD(_Persistent):
         restart: probability that a continued chain is restarted, in [0, 1].
         initial: initial distribution of chains, also of restarted ones; None is
             ``energy.initial``.
-        energy_penalty: as in :class:`ContrastiveDivergence`.
+        energy_penalty: :math:`\alpha \ge 0`: adds :math:`\alpha (\overline{E(x)^2} +
+            \overline{E(\tilde x)^2})` to the loss, which keeps energies near 0 (Du and Mordatch,
+            2019).
 
     Attributes:
         chains: states of the chains, ``(buffer_size, *event)``; None before the first batch. A
@@ -223,11 +228,15 @@ class ReplayBufferCD(_Persistent):
         energy_penalty: float = 0.0,
     ) -> None:
         super().__init__(num_chains, k)
-        check_chain(k, kernel, energy_penalty)
+        check_chain(k, kernel)
         size = num_chains if buffer_size is None else buffer_size
         check_counts({"buffer_size": num_chains}, size)
         if not 0.0 <= restart <= 1.0:
             raise ValueError(f"restart must be in [0, 1], got restart={restart}")
+        if not 0.0 <= energy_penalty < math.inf:
+            raise ValueError(
+                f"energy_penalty must be at least 0 and finite, got energy_penalty={energy_penalty}"
+            )
         self.kernel = kernel
         self.buffer_size = size
         self.restart = restart
@@ -237,7 +246,10 @@ class ReplayBufferCD(_Persistent):
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Metrics]:
-        """Return the loss and its metrics, those of :class:`ContrastiveDivergence`."""
+        """Return the loss and its metrics.
+
+        Metrics: those of :class:`ContrastiveDivergence`, and ``energy_penalty`` if it is not 0.
+        """
         if self.kernel is None and isinstance(energy, LayeredMachine):
             raise ValueError(
                 f"kernel must not be None for the layered machine {type(energy).__name__}: give"
@@ -246,14 +258,14 @@ class ReplayBufferCD(_Persistent):
         if not (isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape):
             check_batch(energy, batch)
         rows, x = self.take(energy, generator)
-        x, rate = advance(energy, self.kernel, x, self.k, generator)
+        x, rate = run_chains(energy, self.kernel, x, self.k, generator)
         self.put(rows, x)
-        return contrastive_loss(
-            data_energy(energy, batch),
-            energy(x),
-            kernel_metrics(self.kernel, rate),
-            self.energy_penalty,
-        )
+        data, model = data_energy(energy, batch), energy(x)
+        loss, metrics = contrastive_loss(data, model, kernel_metrics(self.kernel, rate))
+        if self.energy_penalty:
+            penalty = self.energy_penalty * (data.square().mean() + model.square().mean())
+            loss, metrics = loss + penalty, {"energy_penalty": penalty.detach(), **metrics}
+        return loss, metrics
 
     def take(
         self, energy: Energy, generator: torch.Generator | None = None

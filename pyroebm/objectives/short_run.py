@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy
 from pyroebm.kernels.base import Kernel
 from pyroebm.kernels.langevin import ULA
@@ -16,12 +15,12 @@ from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import (
     Initial,
     Metrics,
-    advance,
     check_batch,
     check_chain,
     contrastive_loss,
     initial_states,
     kernel_metrics,
+    run_chains,
 )
 
 __all__ = ["ShortRun", "langevin"]
@@ -32,7 +31,7 @@ class ShortRun(Objective):
 
     .. math::
 
-        L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j), \qquad
+        L = \frac1n \sum_i E(x_i) - \frac1n \sum_j E(\tilde x_j), \qquad
         \tilde x_j = K^k(x_0), \quad x_0 \sim p_0
 
     with :math:`\tilde x_j` held fixed and :math:`K^k` k steps of a kernel. Short chains have not
@@ -44,10 +43,8 @@ class ShortRun(Objective):
         k: steps of a chain.
         kernel: any kernel of :mod:`pyroebm.kernels`, such as ``ULA(step_size, temperature=...)`` or
             :func:`langevin`; None as in :class:`ContrastiveDivergence`.
-        num_chains: m; None for the size of the batch.
         initial: :math:`p_0`: a distribution of events, or a function of the number of chains and a
             generator; None is ``energy.initial``.
-        energy_penalty: as in :class:`ContrastiveDivergence`.
 
     Raises:
         ValueError: if a number is out of range, ``kernel`` is no kernel, or states do not fit the
@@ -64,24 +61,20 @@ class ShortRun(Objective):
         torch.Size([7, 2])
     """
 
+    measures_fit = False
+
     def __init__(
         self,
         k: int = 100,
         kernel: Kernel[Any] | None = None,
         *,
-        num_chains: int | None = None,
         initial: Initial = None,
-        energy_penalty: float = 0.0,
     ) -> None:
         super().__init__()
-        check_chain(k, kernel, energy_penalty)
-        if num_chains is not None:
-            check_counts({"num_chains": 1}, num_chains)
+        check_chain(k, kernel)
         self.k = k
         self.kernel = kernel
-        self.num_chains = num_chains
         self.initial = initial
-        self.energy_penalty = energy_penalty
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
@@ -92,23 +85,20 @@ class ShortRun(Objective):
         ``acceptance_rate`` and, where it has one, ``temperature``.
         """
         check_batch(energy, batch)
-        n = len(batch) if self.num_chains is None else self.num_chains
-        x, rate = advance(
+        x, rate = run_chains(
             energy,
             self.kernel,
-            initial_states(energy, self.initial, n, generator),
+            initial_states(energy, self.initial, len(batch), generator),
             self.k,
             generator,
         )
-        return contrastive_loss(
-            energy(batch), energy(x), kernel_metrics(self.kernel, rate), self.energy_penalty
-        )
+        return contrastive_loss(energy(batch), energy(x), kernel_metrics(self.kernel, rate))
 
     def sample(
         self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw from the trained sampler: last states of short chains, ``(num_samples, *event)``."""
-        return advance(
+        return run_chains(
             energy,
             self.kernel,
             initial_states(energy, self.initial, num_samples, generator),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.wrappers import eval_mode
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
@@ -26,12 +27,13 @@ from pyroebm.partition.kernel_path import (
     total_weight,
 )
 from pyroebm.partition.layered import LayeredPath, LayeredState
-from pyroebm.partition.result import BidirectionalAIS, LogZ, from_weights
+from pyroebm.partition.result import BidirectionalAIS, LogZ, check_exact_draws, from_weights
 from pyroebm.smc import tempered_smc
 
 __all__ = ["Base", "ais", "bidirectional_ais", "reverse_ais", "schedule"]
 
-#: Number of even steps of the pilot run of :func:`schedule`.
+#: Number of chains and of even steps of the pilot run of :func:`schedule`.
+PILOT_CHAINS = 100
 PILOT_STEPS = 200
 
 Base = Layers | Energy | Distribution | None
@@ -41,8 +43,8 @@ def ais(
     energy: Energy,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
-    betas: int | Tensor = 1000,
     *,
+    betas: int | Tensor = 1000,
     num_chains: int = 100,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
@@ -113,10 +115,10 @@ def ais(
 
 def reverse_ais(
     energy: Energy,
-    start: Tensor | None = None,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
     *,
+    draws: Tensor | np.ndarray | None = None,
     betas: int | Tensor = 1000,
     num_chains: int = 100,
     generator: torch.Generator | None = None,
@@ -135,44 +137,43 @@ def reverse_ais(
 
     Args:
         energy: E.
-        start: :math:`x_K`, states of the energy ``(n, *event)`` from a Markov chain; for an RBM
-            visible states ``(n, n_0)`` or those of all units ``(n, n_0 + n_1)``. None draws
-            ``num_chains`` exactly, if ``energy.has_exact_draws``.
         base: as for :func:`ais`.
         kernel: as for :func:`ais`.
+        draws: :math:`x_K`, draws of the energy ``(n, *event)`` from a Markov chain; for an RBM
+            visible states ``(n, n_0)`` or those of all units ``(n, n_0 + n_1)``. None draws
+            ``num_chains`` exactly, if ``energy.has_exact_draws``.
         betas: as for :func:`ais`, rising from 0 to 1.
         num_chains: as for :func:`ais`.
         generator: as for :func:`ais`.
         progress: as for :func:`ais`.
 
     Returns:
-        an estimate of kind "upper" if ``start`` is None and the kernel is exact, else "estimate".
+        an estimate of kind "upper" if ``draws`` is None and the kernel is exact, else "estimate".
 
     Raises:
-        ValueError: as :func:`ais`, and if there are no exact draws or ``start`` has another shape.
+        ValueError: as :func:`ais`, and if there are no exact draws or ``draws`` have another shape.
         FloatingPointError: as :func:`ais`.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> rbm = BernoulliRBM(3, 2, weight=torch.ones(3, 2))
-        >>> reverse_ais(rbm).kind, reverse_ais(rbm, rbm.initial(10)).kind
+        >>> reverse_ais(rbm).kind, reverse_ais(rbm, draws=rbm.initial(10)).kind
         ('upper', 'estimate')
     """
     steps = _check_arguments(energy, kernel, betas, num_chains)[::-1]
-    if start is None and not energy.has_exact_draws:
-        raise ValueError(
-            f"start must be given, because {type(energy).__name__} has no exact draws, got None;"
-            " draw states with a long run of MCMC"
-        )
+    if draws is None:
+        check_exact_draws(energy)
+    else:
+        draws = as_tensor(draws, energy.dtype, energy.device, "draws")
     with eval_mode(energy), torch.no_grad():
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
-            state, exact = _start_layers(path, energy, start, num_chains, generator), True
+            state, exact = _layered_draws(path, energy, draws, num_chains, generator), True
             log_weights = total_weight(path, state, steps, generator, progress)
         else:
-            if start is not None:
-                energy.check_states(start, "start")
-            x = energy.sample(num_chains, generator) if start is None else start
+            if draws is not None:
+                energy.check_states(draws, "draws")
+            x = energy.sample(num_chains, generator) if draws is None else draws
             log_weights, exact = (
                 path.total_weight(path.transform.inv(x), steps, generator, progress),
                 path.kernel.exact,
@@ -180,7 +181,7 @@ def reverse_ais(
     return from_weights(
         log_weights,
         path.log_z,
-        "upper" if start is None and exact else "estimate",
+        "upper" if draws is None and exact else "estimate",
         "reverse AIS",
         -1,
     )
@@ -188,10 +189,10 @@ def reverse_ais(
 
 def bidirectional_ais(
     energy: Energy,
-    start: Tensor | None = None,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
     *,
+    draws: Tensor | np.ndarray | None = None,
     betas: int | Tensor = 1000,
     num_chains: int = 100,
     generator: torch.Generator | None = None,
@@ -204,9 +205,9 @@ def bidirectional_ais(
 
     Args:
         energy: as for :func:`reverse_ais`.
-        start: as for :func:`reverse_ais`.
         base: as for :func:`reverse_ais`.
         kernel: as for :func:`reverse_ais`.
+        draws: as for :func:`reverse_ais`.
         betas: as for :func:`reverse_ais`.
         num_chains: as for :func:`reverse_ais`.
         generator: as for :func:`reverse_ais`.
@@ -227,7 +228,16 @@ def bidirectional_ais(
     """
     reverse = reverse_ais(
         energy,
-        start,
+        base,
+        kernel,
+        draws=draws,
+        betas=betas,
+        num_chains=num_chains,
+        generator=generator,
+        progress=progress,
+    )
+    forward = ais(
+        energy,
         base,
         kernel,
         betas=betas,
@@ -235,19 +245,15 @@ def bidirectional_ais(
         generator=generator,
         progress=progress,
     )
-    forward = ais(
-        energy, base, kernel, betas, num_chains=num_chains, generator=generator, progress=progress
-    )
     return BidirectionalAIS(forward, reverse, bennett_acceptance_ratio(forward, reverse))
 
 
 def schedule(
     energy: Energy,
-    num_temperatures: int,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
     *,
-    num_chains: int = 100,
+    num_temperatures: int,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Tensor:
@@ -260,10 +266,9 @@ def schedule(
 
     Args:
         energy: as for :func:`ais`.
-        num_temperatures: K, number of steps of the schedule.
         base: as for :func:`ais`.
         kernel: as for :func:`ais`.
-        num_chains: number of chains of the pilot run.
+        num_temperatures: K, number of steps of the schedule.
         generator: as for :func:`ais`.
         progress: as for :func:`ais`.
 
@@ -277,24 +282,24 @@ def schedule(
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> rbm = BernoulliRBM(3, 2, weight=torch.full((3, 2), 3.0))
-        >>> schedule(rbm, 4).diff().argmin()  # units become correlated in the middle
+        >>> # units become correlated in the middle
+        >>> schedule(rbm, num_temperatures=4).diff().argmin()
         tensor(1)
     """
-    check_counts({"num_temperatures": 1, "num_chains": 2}, num_temperatures, num_chains)
-    steps = _check_arguments(energy, kernel, PILOT_STEPS, num_chains)
+    check_counts({"num_temperatures": 1}, num_temperatures)
+    steps = _check_arguments(energy, kernel, PILOT_STEPS, PILOT_CHAINS)
     with eval_mode(energy), torch.no_grad():
         path: Any = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
-            state: Any = path.draw_base(num_chains, generator)
+            state: Any = path.draw_base(PILOT_CHAINS, generator)
         else:
-            state = path.reference.sample(num_chains, generator)
+            state = path.reference.sample(PILOT_CHAINS, generator)
             state = state[path.alive(state, *steps[:2])]
         speed = [float(term.std()) for term in increments(path, state, steps, generator, progress)]
     if not np.isfinite(speed).all():
         raise FloatingPointError(
             "the log weights of the pilot run must have a finite standard deviation: an energy is"
-            " not finite, or only one chain has a finite weight; use another base, or raise"
-            " num_chains"
+            " not finite, or only one chain has a finite weight; use another base"
         )
     # An interval without variance still gets some temperatures.
     length = np.concatenate([[0.0], np.cumsum(np.maximum(speed, 1e-2 * max(max(speed), 1e-12)))])
@@ -351,41 +356,41 @@ def _path(
     return KernelPath(energy, reference, moves, pilot)
 
 
-def _start_layers(
+def _layered_draws(
     path: LayeredPath,
     energy: Energy,
-    start: Tensor | None,
+    draws: Tensor | None,
     n: int,
     generator: torch.Generator | None,
 ) -> LayeredState:
-    """Return layered states at exact draws of the target, or at the states given.
+    """Return layered states at exact draws of the target, or at the draws given.
 
     Hidden units that are not given are drawn conditionally on the visible ones.
     """
     layers = path.target
-    if start is None:
+    if draws is None:
         return path.enter(energy.draw_layers(n, generator))  # type: ignore[operator]
     visible, units = layers.sizes[0], sum(layers.sizes)
     short = isinstance(energy, LayeredEnergy) or len(layers.sizes) > 2
     if (
-        start.dim() != 2
-        or start.shape[1] not in ({units} if short else {visible, units})
-        or not len(start)
+        draws.dim() != 2
+        or draws.shape[1] not in ({units} if short else {visible, units})
+        or not len(draws)
     ):
         shapes = f"(n, {units})" if short else f"(n, {visible}) or (n, {units})"
         raise ValueError(
-            f"start must have shape {shapes} for {type(energy).__name__}, got {tuple(start.shape)}"
+            f"draws must have shape {shapes} for {type(energy).__name__}, got {tuple(draws.shape)}"
         )
-    if start.dtype != energy.dtype or start.device != energy.device:
+    if draws.dtype != energy.dtype or draws.device != energy.device:
         raise ValueError(
-            f"start must be {energy.dtype} on {energy.device}, got {start.dtype} on {start.device}"
+            f"draws must be {energy.dtype} on {energy.device}, got {draws.dtype} on {draws.device}"
         )
-    bits = start[:, visible:] if layers.precision is not None else start
-    if not bool(start.isfinite().all()) or not bool(((bits == 0.0) | (bits == 1.0)).all()):
+    bits = draws[:, visible:] if layers.precision is not None else draws
+    if not bool(draws.isfinite().all()) or not bool(((bits == 0.0) | (bits == 1.0)).all()):
         raise ValueError(
-            f"start must hold states of {type(energy).__name__}, bits or finite real numbers, got"
+            f"draws must hold states of {type(energy).__name__}, bits or finite real numbers, got"
             " other values"
         )
-    if start.shape[1] == units:
-        return path.enter(layers.split(start))
-    return path.enter([start, layers.draw(1, layers.field(1, [start, None]), generator)])
+    if draws.shape[1] == units:
+        return path.enter(layers.split(draws))
+    return path.enter([draws, layers.draw(1, layers.field(1, [draws, None]), generator)])

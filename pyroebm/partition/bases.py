@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core.annealing_path import DistributionEnergy
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.conditionals import blocks_of, independent_sites, sites_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import uniform
@@ -188,21 +190,19 @@ def check_base(base: Layers, target: Layers) -> None:
         )
 
 
-def base_rates(
-    energy: Energy, data: Tensor | None = None, pseudocount: float = 1.0
-) -> Layers | Energy:
+def base_rates(energy: Energy, data: Tensor | np.ndarray | None = None) -> Layers | Energy:
     r"""Fit independent units to data: the base from which to anneal to a trained energy.
 
     This is the base-rate model of Salakhutdinov and Murray ("On the quantitative analysis of deep
     belief networks", 2008): weights of zero and visible biases :math:`\log p_i / (1 - p_i)`. Hidden
     units are 0 or 1 with probability 1/2. Gaussian units have the means and variances of the data.
+    One count is added to each value of each discrete site, so that no probability is 0.
 
     Args:
         energy: the target of annealing: with layers, discrete, or over real numbers.
         data: data that the energy was trained on, ``(n, *event)``; for a layered machine its
             visible units ``(n, n_0)``. None is uniform, with the machine's own biases and variances
             for Gaussian visible units.
-        pseudocount: count added to each value of each discrete site, so that no probability is 0.
 
     Returns:
         :class:`pyroebm.energies.Layers` for a layered machine, else an energy with exact draws.
@@ -218,8 +218,10 @@ def base_rates(
         >>> base.biases[0]  # log 3 and log 1
         tensor([1.0986, 0.0000])
     """
+    if data is not None:
+        data = as_tensor(data, energy.dtype, energy.device, "data")
     if isinstance(energy, LayeredMachine):
-        return _layers(energy.layers(), data, pseudocount)
+        return _layers(energy.layers(), data)
     if data is not None and tuple(data.shape[1:]) != tuple(energy.event_shape):
         raise ValueError(
             f"data must have shape (n, *{tuple(energy.event_shape)}), got {tuple(data.shape)}"
@@ -231,7 +233,7 @@ def base_rates(
         own = (data.reshape(len(data), -1, 1, values.shape[1]) == values).all(-1)
         if not bool(own.any(-1).all()):
             raise ValueError(f"data must lie in support={energy.support}, got other values")
-        return IndependentSites(energy, (own.double().sum(0) + pseudocount).log())
+        return IndependentSites(energy, (own.double().sum(0) + 1.0).log())
     if data is None or not is_real(energy.support):
         raise ValueError(
             f"base must be given for {type(energy).__name__} with support {energy.support}: an"
@@ -242,7 +244,7 @@ def base_rates(
     return Gaussian(mean.to(energy.dtype), scale=deviation.to(energy.dtype))
 
 
-def _layers(target: Layers, data: Tensor | None, pseudocount: float) -> Layers:
+def _layers(target: Layers, data: Tensor | None) -> Layers:
     weights = tuple(torch.zeros_like(weight, requires_grad=False) for weight in target.weights)
     biases = [torch.zeros_like(bias, requires_grad=False) for bias in target.biases]
     if data is not None and (data.dim() != 2 or data.shape[1] != target.sizes[0]):
@@ -255,8 +257,8 @@ def _layers(target: Layers, data: Tensor | None, pseudocount: float) -> Layers:
                 raise ValueError(
                     "data must be bits, or probabilities from 0 to 1, got other values"
                 )
-            ones = data.double().sum(0) + pseudocount
-            biases[0] = torch.logit(ones / (len(data) + 2.0 * pseudocount)).to(biases[0])
+            ones = data.double().sum(0) + 1.0
+            biases[0] = torch.logit(ones / (len(data) + 2.0)).to(biases[0])
         return Layers(weights, tuple(biases))
     if data is None:
         return Layers(weights, (target.biases[0].detach(), *biases[1:]), target.precision.detach())

@@ -20,7 +20,7 @@ from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layers import Layers
 from pyroebm.partition.bases import base_energy
-from pyroebm.partition.result import LogZ
+from pyroebm.partition.result import LogZ, check_exact_draws
 
 __all__ = ["bennett_acceptance_ratio", "bridge"]
 
@@ -66,10 +66,10 @@ def bennett_acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
 
 def bridge(
     energy: Energy,
-    draws: Tensor | None = None,
     base: Layers | Energy | Distribution | None = None,
-    num_samples: int = 10_000,
     *,
+    draws: Tensor | np.ndarray | None = None,
+    num_samples: int = 10_000,
     generator: torch.Generator | None = None,
 ) -> LogZ:
     r"""Estimate log Z by bridge sampling, from draws of the energy and of a base.
@@ -85,12 +85,12 @@ def bridge(
 
     Args:
         energy: E.
+        base: :math:`E_0`, as for :func:`ais`; it is drawn from as many times as there are
+            ``draws``.
         draws: draws of the energy: independent ones ``(n, *event)``, or those of Markov chains
             ``(chains, n, *event)``, as ``mcmc.get_samples(group_by_chain=True)["x"]`` is; the
             effective sample size of the log ratio (Vehtari et al., 2021) then replaces n. None
             draws ``num_samples`` exactly, if the energy has exact draws.
-        base: :math:`E_0`, as for :func:`ais`; it is drawn from as many times as there are
-            ``draws``.
         num_samples: n if ``draws`` is None.
         generator: source of randomness; None is torch's default generator.
 
@@ -103,7 +103,7 @@ def bridge(
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> result = bridge(Gaussian(torch.zeros(2)), base=Gaussian(torch.ones(2)))
+        >>> result = bridge(Gaussian(torch.zeros(2)), Gaussian(torch.ones(2)))
         >>> abs(result.value - math.log(2 * math.pi)) < 5 * result.standard_error
         True
     """
@@ -111,13 +111,9 @@ def bridge(
     check_counts({"num_samples": 2}, num_samples)
     reference = base_energy(energy, base)
     if draws is None:
-        if not energy.has_exact_draws:
-            raise ValueError(
-                f"draws must be given, because {type(energy).__name__} has no exact draws, got"
-                " None; pass those of MCMC"
-            )
+        check_exact_draws(energy)
         draws = energy.sample(num_samples, generator)
-    energy.check_states(draws, "draws")
+    draws = energy.as_states(draws, "draws")
     batch = energy.batch_shape(draws)
     if len(batch) not in (1, 2) or batch.numel() < 2:
         raise ValueError(

@@ -30,11 +30,9 @@ def smc(
     energy: Energy,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
-    num_particles: int = 1024,
     *,
+    num_particles: int = 1024,
     num_islands: int = 8,
-    num_moves: int = 5,
-    target_ess: float = 0.9,
     pilot: SMCResult | None = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
@@ -51,8 +49,6 @@ def smc(
             discrete energies, and HMC for continuous ones.
         num_particles: as for :func:`pyroebm.smc.tempered_smc`.
         num_islands: as for :func:`pyroebm.smc.tempered_smc`.
-        num_moves: as for :func:`pyroebm.smc.tempered_smc`.
-        target_ess: as for :func:`pyroebm.smc.tempered_smc`.
         pilot: as for :func:`pyroebm.smc.tempered_smc`.
         generator: as for :func:`pyroebm.smc.tempered_smc`.
         progress: as for :func:`pyroebm.smc.tempered_smc`.
@@ -72,16 +68,16 @@ def smc(
         (3.4657, 'estimate')
     """
     energy, reference, moving = _sampled(energy, base, kernel)
-    settings: dict[str, Any] = {
-        "num_islands": num_islands,
-        "num_moves": num_moves,
-        "target_ess": target_ess,
-        "pilot": pilot,
-        "progress": progress,
-    }
     with torch.no_grad():
         found = tempered_smc(
-            energy, reference, moving, num_particles, generator=generator, **settings
+            energy,
+            reference,
+            moving,
+            num_particles,
+            num_islands=num_islands,
+            pilot=pilot,
+            generator=generator,
+            progress=progress,
         )
     ess = float((2 * found.log_weights.logsumexp(0) - (2 * found.log_weights).logsumexp(0)).exp())
     return LogZ(

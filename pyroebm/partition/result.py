@@ -7,9 +7,10 @@ import math
 
 from torch import Tensor
 
+from pyroebm.core.energy import Energy
 from pyroebm.core.statistics import Kind, log_mean
 
-__all__ = ["BidirectionalAIS", "LogZ"]
+__all__ = ["BidirectionalAIS", "LogZ", "check_exact_draws", "from_weights"]
 
 BIAS: dict[str, str] = {
     "exact": "no bias",
@@ -41,8 +42,16 @@ class LogZ:
 
     Example:
         >>> import torch
-        >>> print(LogZ(5.0322, 0.0021, "lower", "AIS", 83.2, torch.zeros(100)))
-        log Z = 5.0322 +- 0.0021 (AIS; lower: low on average; ESS 83.2 of 100)
+        >>> print(
+        ...     LogZ(5.0322, 0.0021, "lower", "AIS", 83.2, torch.zeros(100))
+        ... )  # doctest: +NORMALIZE_WHITESPACE
+        log Z = 5.0322 +- 0.0021 (AIS; lower: low on average; ESS 83.2 of 100; modes without draws
+        are not included)
+        >>> print(
+        ...     LogZ(5.0322, math.inf, "lower", "AIS", 3.2, torch.zeros(100))
+        ... )  # doctest: +NORMALIZE_WHITESPACE
+        log Z = 5.0322, error unknown because few weights dominate (AIS; lower: low on average;
+        ESS 3.2 of 100; modes without draws are not included)
     """
 
     value: float
@@ -67,8 +76,27 @@ class LogZ:
             if self.ess is None or self.log_weights is None
             else f"; ESS {self.ess:.4g} of {len(self.log_weights)}"
         )
-        what = f"{self.method}; {self.kind}: {self.bias}{weights}"
-        return f"log Z = {self.value:.4f} +- {self.standard_error:.2g} ({what})"
+        unseen = "" if self.kind == "exact" else "; modes without draws are not included"
+        error = (
+            ", error unknown because few weights dominate"
+            if self.standard_error == math.inf
+            else f" +- {self.standard_error:.2g}"
+        )
+        what = f"{self.method}; {self.kind}: {self.bias}{weights}{unseen}"
+        return f"log Z = {self.value:.4f}{error} ({what})"
+
+
+def check_exact_draws(energy: Energy) -> None:
+    """Check that draws need not be given.
+
+    Raises:
+        ValueError: if the energy has no exact draws.
+    """
+    if not energy.has_exact_draws:
+        raise ValueError(
+            f"draws must be given, because {type(energy).__name__} has no exact draws, got None;"
+            " pass those of MCMC"
+        )
 
 
 def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sign: int = 1) -> LogZ:
@@ -125,10 +153,13 @@ class BidirectionalAIS:
         ...     bidirectional_ais(
         ...         BernoulliRBM(3, 2, weight=torch.zeros(3, 2)), betas=10, num_chains=5
         ...     )
-        ... )
-        log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 5 of 5)
-        log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 5 of 5)
-        log Z = 3.4657 +- 0 (AIS both ways; estimate: biased either way)
+        ... )  # doctest: +NORMALIZE_WHITESPACE
+        log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 5 of 5; modes without draws are not
+        included)
+        log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 5 of 5; modes without draws
+        are not included)
+        log Z = 3.4657 +- 0 (AIS both ways; estimate: biased either way; modes without draws are not
+        included)
     """
 
     forward: LogZ

@@ -85,7 +85,9 @@ class PyroKernel(MCMCKernel):
         self.kernel = self.start_kernel
         self.warmup_steps = warmup_steps
         self.state: Any = state
-        self._step, self._acceptance, self._divergences = 0, 0.0, list[int]()
+        self._step = 0
+        self._acceptance = 0.0
+        self._divergences = list[int]()
 
     def follow(self, kernel: Kernel[Any], state: Any, info: Info) -> None:
         """Record a step: one of :meth:`sample`, or of a driver that moves many chains.
@@ -149,9 +151,7 @@ class PyroKernel(MCMCKernel):
         return self._acceptance / max(self._step - (0 if warms else self.warmup_steps), 1)
 
     def logging(self) -> OrderedDict[str, str]:
-        """Return the step size, and the acceptance rate since the start of the warm-up or of the
-        draws, for the progress bar.
-        """
+        """Return the step size and the acceptance rate of this stage, for the progress bar."""
         entries = OrderedDict[str, str]()
         if (size := self.kernel.step_size) is not None:
             entries["step size"] = f"{float(torch.as_tensor(size).mean()):.2e}"

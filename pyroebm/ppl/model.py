@@ -1,9 +1,14 @@
-"""A Pyro model as an energy over its latent variables in unconstrained coordinates."""
+"""A Pyro model as an energy over its continuous latent variables in unconstrained coordinates.
+
+Discrete latent variables are enumerated and summed out.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import difflib
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import pyro
@@ -21,7 +26,7 @@ from torch.distributions import Transform, biject_to
 from pyroebm.core._torch_private import BoundedResults, tree_leaves
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, uniform
-from pyroebm.core.rowwise import RowsFailAlone, RowwiseEnergy
+from pyroebm.core.rowwise import RowsFailAlone, RowsInABatch, RowwiseEnergy
 from pyroebm.core.supports import is_discrete
 from pyroebm.ppl.distribution import initial_states
 from pyroebm.ppl.sum_product import log_marginal
@@ -31,12 +36,12 @@ __all__ = ["ModelEnergy", "NoLatentsError"]
 #: Number of attempts to draw a finite initial state.
 MAX_ATTEMPTS = 100
 
-#: Maximum number of entries of one tensor in an enumeration, for each chain.
+#: Maximum number of entries of a tensor of an enumeration, for each chain.
 MAX_ENTRIES = 2**27
 
 
 class NoLatentsError(ValueError):
-    """A model without a continuous latent variable, which has no energy."""
+    """A model without a latent variable, which has no energy."""
 
 
 class _Substitute(Messenger):
@@ -47,10 +52,15 @@ class _Substitute(Messenger):
     """
 
     def __init__(
-        self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool
+        self,
+        given: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+        plates: Mapping[str, list[int]],
+        inverse: bool,
     ) -> None:
         super().__init__()
         self.given = given
+        self.shapes = shapes
         self.plates = plates
         self.inverse = inverse
         self.images: dict[str, Tensor] = {}
@@ -73,6 +83,12 @@ class _Substitute(Messenger):
         else:
             u = self.given[name]
             x = self.images[name] = transform(u)
+        if x.shape != self.shapes[name]:
+            raise ValueError(
+                f"the support of site {name!r} must not depend on a discrete site that is summed"
+                f" out, but its values have shape {tuple(x.shape)} instead of"
+                f" {tuple(self.shapes[name])}: use a distribution of fixed support and pyro.factor"
+            )
         self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
         msg["value"], msg["is_observed"] = x, True
 
@@ -84,8 +100,15 @@ class _Detached(Messenger):
         msg["value"] = msg["value"].detach()
 
 
-def _feasible(site: Any) -> Any:
-    return site["fn"].sample() if is_discrete(site["fn"].support) else init_to_feasible(site)
+def _of_continuous(strategy: Callable[..., Any]) -> InitMessenger:
+    """Start continuous sites by a strategy of Pyro, and draw discrete ones."""
+
+    def start(site: Any) -> Any:
+        fn = site["fn"]
+        discrete = _is_enumerable(fn) or is_discrete(fn.support)
+        return fn.sample() if discrete else strategy(site)
+
+    return InitMessenger(start)
 
 
 class ModelEnergy(RowwiseEnergy):
@@ -93,9 +116,17 @@ class ModelEnergy(RowwiseEnergy):
 
     .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
 
-    u is the vector of all latent variables in unconstrained coordinates, and T the bijection
-    ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and
-    masks are treated as in Pyro; ``pyro.param`` and the parameters of modules are constants.
+    u is the vector of all continuous latent variables in unconstrained coordinates, and T the
+    bijection ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates,
+    ``poutine.scale`` and masks are treated as in Pyro; ``pyro.param`` and the parameters of modules
+    are constants.
+
+    Discrete latent variables are summed out, as in :class:`pyro.infer.MCMC`: each site whose
+    distribution has ``has_enumerate_support`` is enumerated in parallel, with or without
+    :func:`pyro.infer.config_enumerate`, and a site that asks for ``"sequential"`` enumeration or
+    for ``num_samples`` too. Every batch dimension of a site must be a plate, and the steps of a
+    hidden Markov model must be in :func:`pyro.markov`. To infer the discrete variables, condition
+    the model on draws and use :func:`pyro.infer.infer_discrete`.
 
     All chains are evaluated in one call: the model runs under ``torch.func.vmap``, and its
     operations are recorded as a graph, which is replayed (see
@@ -111,17 +142,25 @@ class ModelEnergy(RowwiseEnergy):
     Args:
         model: a Pyro model.
         args: positional arguments of the model.
+        max_plate_nesting: number of dimensions, from the right, that are left to plates by the
+            enumeration; None uses the plates of one run, as Pyro does. It is not passed to the
+            model.
         kwargs: keyword arguments of the model.
 
     Attributes:
-        sites: names and shapes of the latent variables in their constrained space, in the order of
-            the model.
+        sites: names and shapes of the continuous latent variables in their constrained space, in
+            the order of the model.
+        enumerated: names of the discrete latent variables, which are summed out.
+        max_plate_nesting: as given or found; ``infer_discrete`` takes ``first_available_dim=-1 -
+            max_plate_nesting``.
         event_shape: ``(dim,)``, number of unconstrained entries.
         batching: ``"graph"``, ``"vmap"`` or ``"loop"``.
 
     Raises:
-        ValueError: if the model has no latent variables, a discrete one, a plate that subsamples,
-            or a random density.
+        ValueError: if the model has no continuous latent variable, a discrete one that cannot be
+            enumerated, a plate that subsamples, or a random density; if an enumeration has too many
+            values, a batch dimension that is no plate, or crossing plates that depend on each
+            other.
 
     Example:
         >>> import pyro.distributions as dist
@@ -137,6 +176,14 @@ class ModelEnergy(RowwiseEnergy):
         >>> mcmc.run(energy)
         >>> mcmc.get_samples(group_by_chain=True)["scale"].shape
         torch.Size([8, 50])
+        >>> def mixture(y):
+        ...     shift = pyro.sample("shift", dist.Normal(0.0, 5.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...         pyro.sample("y", dist.Normal(shift * z, 1.0), obs=y)
+        >>> energy = ModelEnergy(mixture, torch.tensor([0.1, 2.9, -0.4]))
+        >>> energy.sites, energy.enumerated
+        ({'shift': torch.Size([])}, ['z'])
     """
 
     def __init__(
@@ -152,7 +199,7 @@ class ModelEnergy(RowwiseEnergy):
                 f" {type(model).__name__}"
             )
         with _forked():
-            start = InitMessenger(_feasible)(initial_states(model))
+            start = _of_continuous(init_to_feasible)(initial_states(model))
             with poutine.block(), torch.no_grad():
                 trace = poutine.trace(start).get_trace(*args, **kwargs)
                 trace.compute_log_prob()
@@ -161,14 +208,14 @@ class ModelEnergy(RowwiseEnergy):
         }
         latents, self.enumerated = _latents(sites)
         if not latents:
-            raise NoLatentsError(
-                "the model must have a continuous latent sample site, but"
-                + (
-                    f" has only discrete ones: {self.enumerated}"
-                    if self.enumerated
-                    else " every pyro.sample is observed or there is none: remove obs= from the"
-                    " sites to infer"
+            if self.enumerated:
+                raise ValueError(
+                    "the model must have a continuous latent sample site, but has only discrete"
+                    f" ones: {self.enumerated}; to infer them, use pyro.infer.infer_discrete"
                 )
+            raise NoLatentsError(
+                "the model must have a latent sample site, but every pyro.sample is observed or"
+                " there is none: remove obs= from the sites to infer"
             )
         like = torch.as_tensor(trace.log_prob_sum())
         for site in latents.values():
@@ -181,10 +228,12 @@ class ModelEnergy(RowwiseEnergy):
         self.args = args
         self.kwargs = kwargs
         self.sites = {name: site["value"].shape for name, site in latents.items()}
-        frames = {frame for node in sites.values() for frame in node["cond_indep_stack"]}
+        nodes = trace.nodes.values()
+        frames = {frame for node in nodes for frame in node.get("cond_indep_stack", ())}
         # A sequential plate indexes a tensor, which cannot be captured: substitute integers.
         self._plates = {f.name: list(range(f.size)) for f in frames if not f.vectorized}
-        self.max_plate_nesting = _plate_nesting(max_plate_nesting, frames)
+        given = max_plate_nesting if self.enumerated else None
+        self.max_plate_nesting = _plate_nesting(given, frames)
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
         rows = (
             2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device)
@@ -212,7 +261,6 @@ class ModelEnergy(RowwiseEnergy):
         try:
             with torch.no_grad(), RowsFailAlone(), BoundedResults(MAX_ENTRIES):
                 self.row_energy(u)
-                _, places = self._run(self.split(u))
         except MemoryError as error:
             counts = [
                 f"{name!r} ({len(sites[name]['fn'].enumerate_support(expand=False))} values)"
@@ -225,14 +273,6 @@ class ModelEnergy(RowwiseEnergy):
                 + ". Declare which sites are independent, by pyro.markov (time steps) or"
                 " pyro.plate (rows), or marginalize some by hand"
             ) from None
-        for name, image in places.images.items():
-            if image.shape != self.sites[name]:
-                raise ValueError(
-                    f"the support of site {name!r} must not depend on a discrete site that is"
-                    f" enumerated, but has {tuple(image.shape)} values where one of shape"
-                    f" {tuple(self.sites[name])} is sampled: use pyro.factor, or a distribution"
-                    " of fixed support"
-                )
 
     def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
         """Return the bijections, or None if they depend on latent variables.
@@ -248,11 +288,12 @@ class ModelEnergy(RowwiseEnergy):
     def _run(
         self, given: Mapping[str, Tensor], inverse: bool = False
     ) -> tuple[poutine.Trace, _Substitute]:
+        enumeration = poutine.enum(first_available_dim=-1 - self.max_plate_nesting)
         with (
             pyro.validation_enabled(False),
             poutine.block(),
-            poutine.enum(first_available_dim=-1 - self.max_plate_nesting),
-            _Substitute(given, self._plates, inverse) as places,
+            enumeration if self.enumerated else contextlib.nullcontext(),
+            _Substitute(given, self.sites, self._plates, inverse) as places,
             _Detached(),
         ):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
@@ -321,7 +362,8 @@ class ModelEnergy(RowwiseEnergy):
         flat = {name: part.reshape(-1, *part.shape[len(batch) :]) for name, part in given.items()}
 
         def images(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._run(parts, inverse)[1].images
+            with RowsFailAlone(), RowsInABatch(next(iter(parts.values()))):
+                return self._run(parts, inverse)[1].images
 
         with torch.no_grad():
             if self.batching == "loop":
@@ -334,7 +376,7 @@ class ModelEnergy(RowwiseEnergy):
                 mapped = torch.vmap(images, chunk_size=4096)(flat)
         return {name: part.reshape(batch + part.shape[1:]) for name, part in mapped.items()}
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the sites of the model, under which :class:`pyroebm.MCMC` stores draws."""
         return self.constrain(x)
 
@@ -357,7 +399,7 @@ class ModelEnergy(RowwiseEnergy):
 
         Raises:
             ValueError: if 100 attempts find no finite state for a chain; the message has the site
-                and its value.
+                and its value. Also if ``init_to_value`` names a site that the model does not have.
         """
         if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
@@ -381,11 +423,12 @@ class ModelEnergy(RowwiseEnergy):
     ) -> Tensor:
         if strategy is None:
             return 4.0 * uniform((n, *self.event_shape), generator, self.dtype, self.device) - 2.0
-        model, rows = InitMessenger(strategy)(initial_states(self.model)), []
+        model, rows = _of_continuous(strategy)(initial_states(self.model)), []
         with contextlib.nullcontext() if generator is None else _forked(generator):
             for _ in range(n):
                 with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
                     trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+                _check_values(strategy, trace.nodes)
                 rows.append(
                     self.unconstrain(
                         {name: cast(Tensor, trace.nodes[name]["value"]) for name in self.sites}
@@ -403,10 +446,15 @@ class ModelEnergy(RowwiseEnergy):
             cast(dict[str, Any], trace.nodes),
         )
         for name, site in nodes.items():
-            if site["type"] == "sample" and not bool(torch.isfinite(site["log_prob_sum"])):
-                density = float(site["log_prob_sum"])
+            if site["type"] != "sample":
+                continue
+            log_prob = site["log_prob"]
+            if enumerated := list(range(log_prob.dim() - self.max_plate_nesting)):
+                log_prob = log_prob.amax(enumerated)  # some values may be impossible
+            if not bool(torch.isfinite(log_prob).all()):
                 return (
-                    f"The log-density of site {name!r} was {density} where the latents were {at}."
+                    f"The log-density of site {name!r} was {float(log_prob.sum())} where the"
+                    f" latents were {at}."
                 )
         for name, part in self.split(grad).items():
             if not bool(torch.isfinite(part).all()):
@@ -418,6 +466,18 @@ class ModelEnergy(RowwiseEnergy):
 
     def _name(self) -> str:
         return f"the model {getattr(self.model, '__name__', type(self.model).__name__)!r}"
+
+
+def _check_values(strategy: Callable[..., Any], sites: Collection[str]) -> None:
+    """Raise ValueError if ``init_to_value`` names a site that the model does not have."""
+    values = strategy.keywords.get("values") if isinstance(strategy, functools.partial) else None
+    for unknown in (values or {}).keys() - set(sites):
+        own = [name for name in sites if not name.startswith("_")]
+        near = difflib.get_close_matches(unknown, own) or own
+        raise ValueError(
+            f"values of init_to_value must be of sites of the model, got {unknown!r}; near ones:"
+            f" {near}"
+        )
 
 
 def _is_enumerable(fn: Any) -> bool:

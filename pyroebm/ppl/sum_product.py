@@ -12,7 +12,6 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from opt_einsum import shared_intermediates
 from pyro import poutine
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.einsum.util import Tensordot
@@ -34,7 +33,9 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
     """Return ``log(einsum(equation, exp(operands)))``."""
     inputs, output = equation.split("->")
     names = output + "".join(sorted(set(inputs) - set(output) - {","}))
-    aligned = [_aligned(x, dims, names) for x, dims in zip(operands, inputs.split(","), strict=True)]
+    aligned = [
+        _aligned(x, dims, names) for x, dims in zip(operands, inputs.split(","), strict=True)
+    ]
     total = functools.reduce(torch.add, aligned)
     if summed := list(range(len(output), len(names))):
         return log_sum_exp(total, summed)
@@ -72,7 +73,7 @@ def log_marginal(trace: poutine.Trace) -> Tensor:
         trace: the trace of a model under :func:`pyro.poutine.enum`.
 
     Raises:
-        NotImplementedError: if the plates of the enumerated variables are not nested as a tree.
+        ValueError: if the plates of the enumerated variables are not nested as a tree.
 
     Example:
         >>> import pyro
@@ -94,6 +95,12 @@ def log_marginal(trace: poutine.Trace) -> Tensor:
             plates = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
             factors.setdefault(plates, []).append(site["packed"]["log_prob"])
     summed = set(trace.symbol_to_dim) - set(symbols.values())
-    with shared_intermediates() as cache:
-        total: Tensor = contract_to_tensor(factors, summed, ring=_LogSumProduct(cache))
+    try:
+        total: Tensor = contract_to_tensor(factors, summed, ring=_LogSumProduct())
+    except NotImplementedError as error:
+        raise ValueError(
+            "discrete latent variables that depend on each other must be in nested plates, got"
+            f" plates {sorted(symbols)} some of which cross: make one of them sequential, for i in"
+            " pyro.plate(...)"
+        ) from error
     return total

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyroebm.core.files import SafetensorError, from_bytes, read_tensors, to_bytes, write_tensors
+from pyroebm.core.energy import Energy
+from pyroebm.core.files import (
+    SafetensorError,
+    checksum,
+    from_bytes,
+    read_tensors,
+    to_bytes,
+    write_tensors,
+)
+from pyroebm.core.saving import describe_call
 from pyroebm.core.serialization import from_text, pack, to_text, unpack
+from pyroebm.flows.flow import Flow
 from pyroebm.kernels.base import Kernel
 from pyroebm.objectives.base import Objective
+from pyroebm.objectives.noise import Noise
 from pyroebm.training.distributed import connected_ranks, gather_bytes
 
 __all__ = ["Checkpoint", "TrainingState", "saved_seed", "settings_of"]
@@ -189,8 +201,8 @@ class Checkpoint:
             ) from error
         if not same:
             raise ValueError(
-                f"the checkpoint must be of the settings of this training, {self.settings}, got"
-                f" {header['settings']}"
+                f"checkpoint={str(self.path)!r} must be of the settings of this training, but"
+                f" differs:\n{_differences(header['settings'], self.settings)}"
             )
         more = {
             k.removeprefix("more."): tensors.pop(k) for k in list(tensors) if k.startswith("more.")
@@ -222,31 +234,67 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def settings_of(name: str, objective: object) -> dict[str, Any]:
-    """Return the settings of an objective and of its submodules as JSON values.
+def settings_of(
+    name: str, part: object, trained: AbstractSet[int] = frozenset(), seen: set[int] | None = None
+) -> dict[str, Any]:
+    """Return the settings of an objective or a module, and of its parts, as JSON values.
 
-    They are numbers, strings, and the ``repr`` of tuples and kernels.
+    They are what a training does not change, by which a checkpoint recognizes its training: the
+    classes of all parts and the arguments of their constructors; the numbers, strings, tuples and
+    kernels among the attributes of objectives; a checksum of the tensors that no training changes,
+    which are those of energies and flows that are not trained, such as the target of a flow, and
+    the draws that an objective was given (:attr:`~pyroebm.objectives.Objective.constants`).
+
+    Args:
+        name: name of the part, with which the names of the settings begin.
+        part: the objective or the module.
+        trained: identities of the trained parameters.
+        seen: identities of the modules that were described before, which are left out.
 
     Example:
         >>> from pyroebm.objectives import ContrastiveDivergence, Hybrid
         >>> settings_of("objective", Hybrid(ContrastiveDivergence(k=5)))["objective.generative.k"]
         5
     """
-    modules = (
-        objective.named_modules(prefix=name)
-        if isinstance(objective, nn.Module)
-        else [(name, objective)]
-    )
+    seen = set() if seen is None else seen
+    seen.add(id(part))
     found: dict[str, Any] = {}
-    for path, module in modules:
-        if module is not objective and not isinstance(module, Objective):
-            continue  # a network, whose parameters are saved
-        for key, value in vars(module).items():
+    if not isinstance(part, nn.Module) or isinstance(part, Objective):
+        for key, value in vars(part).items():
             if key[0] == "_" or key == "training":
                 continue
             if type(value) in (int, float, str, bool):
-                found[f"{path}.{key}"] = value
+                found[f"{name}.{key}"] = value
             elif isinstance(value, tuple | Kernel):
                 # memory addresses differ between processes
-                found[f"{path}.{key}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+                found[f"{name}.{key}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    if not isinstance(part, nn.Module):
+        return found
+    found[f"{name}.call"] = describe_call(part)
+    constants: Iterable[Tensor | None] = ()
+    if isinstance(part, Objective):
+        constants = [getattr(part, key) for key in part.constants]
+    elif isinstance(part, Energy | Flow) and trained.isdisjoint(map(id, part.parameters())):
+        constants = part.state_dict().values()
+    if kept := [tensor for tensor in constants if tensor is not None]:
+        found[f"{name}.tensors"] = checksum(kept)
+    # parts that are not registered are held, and not trained, such as the energy of a flow
+    held = {
+        key.lstrip("_"): value.density if isinstance(value, Noise) else value
+        for key, value in vars(part).items()
+        if isinstance(value, nn.Module | Noise)
+    }
+    for key, child in {**dict(part.named_children()), **held}.items():
+        if id(child) not in seen:
+            found |= settings_of(f"{name}.{key}", child, trained, seen)
     return found
+
+
+def _differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Describe the settings that differ, one a line."""
+    lines = []
+    for name in sorted(saved.keys() | given.keys()):
+        theirs, ours = saved.get(name, "missing"), given.get(name, "missing")
+        if theirs != ours:
+            lines.append(f"{name} is {theirs} in the checkpoint and {ours} here")
+    return "\n".join(lines)

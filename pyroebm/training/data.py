@@ -18,13 +18,15 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.arrays import is_number, tensor_of_numbers
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.supports import base_constraint, inside, is_discrete, is_real, spin
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.flows.flow import Flow
+from pyroebm.objectives.base import module_dtype
 
-__all__ = ["Batches", "Conversion", "Data", "Passes", "batches_of", "module_dtype"]
+__all__ = ["Batches", "Conversion", "Data", "Passes", "batches_of"]
 
 #: A tensor, a NumPy array, a data frame, a tuple of these, a ``torch.utils.data.Dataset`` with a
 #: length, or a ``DataLoader``.
@@ -112,7 +114,10 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         """Return the batch of a step, or the share of this process, counted over all epochs."""
-        chosen = self.numbers(step)
+        return self.at(self.numbers(step))
+
+    def at(self, chosen: Tensor) -> Batch:
+        """Return the batch of rows of given indices."""
         batch: Batch
         if isinstance(self.data, Dataset):
             batch = default_collate([self.data[k] for k in chosen.tolist()])
@@ -130,6 +135,17 @@ class Batches:
             self._epoch, self._order = epoch, order
         rank, world = self.ranks
         return self._order[number * self.batch_size : (number + 1) * self.batch_size][rank::world]
+
+    def sample(self, num_rows: int = 1000) -> Batch | None:
+        """Return evenly spaced rows, converted; None for a ``Dataset``, whose items may be random.
+
+        Args:
+            num_rows: largest number of rows.
+        """
+        if isinstance(self.data, Dataset):
+            return None
+        chosen = torch.linspace(0, self.rows - 1, min(num_rows, self.rows)).long()
+        return self.at(chosen)
 
     def one_epoch(self) -> Iterator[Batch]:
         """Iterate over the batches of the first epoch."""
@@ -188,28 +204,15 @@ class Passes:
         return batches if self.convert is None else map(self.convert, batches)
 
 
-def module_dtype(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Return the dtype and device of a module.
-
-    They are the attributes of an energy or a flow, else those of the first floating-point parameter
-    or buffer.
-    """
-    if isinstance(module, Energy | Flow):
-        return module.dtype, module.device
-    tensors = (*module.parameters(), *module.buffers())
-    first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    return first.dtype, first.device
-
-
 class Conversion:
     """Convert batches to the form that a module takes, and check them.
 
-    The events are the first part of a tuple. Unambiguous conversions are made: to the dtype and
-    device of the module; uint8 images ``(N, height, width, ...)`` from 0..255 to [0, 1], unless all
-    values are 0 or 1 (an error in batches of a ``Dataset`` or ``DataLoader``); images
-    ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The other parts of a tuple
-    are converted to the module's dtype if they are floating point; integers (labels) are not
-    changed.
+    The events are the first part of a tuple; a tuple of one part is that part. Unambiguous
+    conversions are made: to the dtype and device of the module; uint8 images ``(N, height, width,
+    ...)`` from 0..255 to [0, 1], unless all values are 0 or 1 (an error in batches of a ``Dataset``
+    or ``DataLoader``); images ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``.
+    The other parts of a tuple are converted to the module's dtype if they are floating point;
+    integers (labels) are not changed.
 
     Args:
         module: an energy or a flow; for other modules neither shape nor support is checked.
@@ -264,7 +267,9 @@ class Conversion:
         first = f"{self.argument}[0]"
         if isinstance(data, TensorDataset):
             first = f"{self.argument}.tensors[0]"
-            data = data.tensors if len(data.tensors) > 1 else data.tensors[0]
+            data = data.tensors
+        if isinstance(data, tuple | list) and not _numbers(data):
+            data = _alone(data)
         parts = data if isinstance(data, tuple | list) and not _numbers(data) else (data,)
         events = self._tensor(parts[0], first=True)
         if isinstance(data, tuple | list):
@@ -279,6 +284,7 @@ class Conversion:
 
     def __call__(self, batch: Any) -> Batch:
         """Convert a batch to the module's dtype, device and event shape."""
+        batch = _alone(batch)
         if isinstance(batch, Tensor):
             return self._events(batch)
         if not (isinstance(batch, tuple | list) and all(isinstance(p, Tensor) for p in batch)):
@@ -296,6 +302,7 @@ class Conversion:
 
     def checked(self, batch: Any) -> Batch:
         """Convert and check a batch, for data that were not checked by :meth:`table`."""
+        batch = _alone(batch)
         converted = self.check(batch)
         events = batch if isinstance(batch, Tensor) else batch[0]
         if self.levels and _is_binary(events):
@@ -461,11 +468,11 @@ class Conversion:
                 raise ValueError(f"{self.argument} must have columns, got none")
             if first:
                 self.columns = names
-            tensor = torch.from_numpy(np.stack(columns, 1))
+            tensor = torch.from_numpy(np.stack([column.numpy() for column in columns], 1))
             tensor = tensor.squeeze(1) if first and self.shapes == [()] else tensor
         elif hasattr(part, "to_numpy") or isinstance(part, np.ndarray):
             values = part if isinstance(part, np.ndarray) else part.to_numpy()
-            tensor = torch.from_numpy(self._array(values, "an array"))
+            tensor = self._array(values, "an array")
         else:
             raise ValueError(
                 f"{self.argument} must be a tensor, an array or a data frame of rows, a tuple of"
@@ -493,45 +500,10 @@ class Conversion:
             )
         return expected
 
-    def _array(self, values: np.ndarray, what: str) -> np.ndarray:
-        """Convert an array to a type that torch supports; masked entries become NaN."""
-        if isinstance(values, np.ma.MaskedArray):
-            masked, values = np.ma.getmaskarray(values), values.data
-            if masked.any() and values.dtype.kind in "biufO":
-                self.masked = True
-                values = np.where(masked, np.nan, values)
-        if values.dtype == object and all(v is None or _is_number(v) for v in values.flat):
-            values = np.array([np.nan if v is None else float(v) for v in values.flat]).reshape(
-                values.shape
-            )
-        if values.dtype.kind not in "biuf":
-            bad = next(((k, v) for k, v in enumerate(values.flat) if not _is_number(v)), None)
-            found = "" if bad is None else f" with {str(bad[1])!r}"
-            where = f" in row {bad[0]}" if bad is not None and values.ndim == 1 else ""
-            fix = {
-                "c": "its .real and .imag are real numbers",
-                "m": "divide it by a unit, numpy.timedelta64(1, 's')",
-            }.get(values.dtype.kind, "drop it, or encode it by integers (pandas.factorize)")
-            raise ValueError(
-                f"{self.argument} must be numbers, got {what} of {values.dtype}{found}{where}:"
-                f" {fix}"
-            )
-        if values.dtype.kind == "f" and values.dtype.itemsize > 8:
-            values = values.astype(np.float64)
-        if values.dtype.kind == "u" and values.dtype.itemsize > 1:
-            # int64, which labels keep, unless it would wrap around
-            fits = values.max(initial=0) <= np.iinfo(np.int64).max
-            values = values.astype(np.int64 if fits else np.float64)
-        values = values.astype(values.dtype.newbyteorder("="), copy=False)
-        # torch warns about arrays that are not writable
-        values = np.ascontiguousarray(values)
-        return values if values.flags.writeable else values.copy()
-
-
-def _is_number(value: Any) -> bool:
-    # NumPy's timedelta64 is a subclass of its integers
-    numbers = int | float | np.integer | np.floating | np.bool_
-    return isinstance(value, numbers) and not isinstance(value, np.timedelta64)
+    def _array(self, values: np.ndarray, what: str) -> Tensor:
+        """Convert an array to a tensor; masked entries become NaN."""
+        self.masked |= bool(np.ma.getmaskarray(values).any())
+        return tensor_of_numbers(values, self.argument, what)
 
 
 def _is_binary(events: Tensor) -> bool:
@@ -539,8 +511,13 @@ def _is_binary(events: Tensor) -> bool:
     return events.dtype == torch.uint8 and events.numel() > 0 and int(events.max()) <= 1
 
 
+def _alone(batch: Any) -> Any:
+    """Return the part of a tuple of one, such as ``DataLoader(TensorDataset(x))`` gives."""
+    return batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+
+
 def _numbers(values: Sequence[Any]) -> bool:
-    return any(_is_number(value) for value in values)
+    return any(is_number(value) for value in values)
 
 
 def batches_of(

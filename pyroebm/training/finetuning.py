@@ -13,6 +13,9 @@ from pyroebm.energies.deep import DeepBoltzmannMachine
 
 __all__ = ["Classifier"]
 
+#: Mean-field sweeps for each batch, for a deep Boltzmann machine.
+NUM_SWEEPS = 10
+
 
 class Classifier(Saveable):
     r"""A feed-forward network of sigmoid layers initialized from a generative model.
@@ -28,7 +31,6 @@ class Classifier(Saveable):
     Args:
         model: the network or machine, which is copied.
         num_classes: number of classes, at least 2.
-        num_sweeps: mean-field sweeps for each batch, for a deep Boltzmann machine.
         generator: source of the initial weights of the output layer, normal with standard deviation
             0.01; None is torch's default generator.
 
@@ -46,7 +48,6 @@ class Classifier(Saveable):
         model: DeepBeliefNetwork | DeepBoltzmannMachine,
         num_classes: int,
         *,
-        num_sweeps: int = 10,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -71,7 +72,6 @@ class Classifier(Saveable):
                 [weight.mT for weight in weights[1:]],
                 copy.deepcopy(model).requires_grad_(False),
             )
-        self.num_sweeps = num_sweeps
         self.up = nn.ModuleList([_linear(w.mT, b) for w, b in zip(weights, biases, strict=True)])
         self.side = nn.ModuleList([_linear(w.mT) for w in above])
         top = weights[-1]
@@ -81,7 +81,7 @@ class Classifier(Saveable):
 
     def forward(self, visible: Tensor) -> Tensor:
         """Compute the logits of the classes: ``(*batch, num_visible) -> (*batch, num_classes)``."""
-        means = [] if self.machine is None else self.machine.mean_field(visible, self.num_sweeps)
+        means = [] if self.machine is None else self.machine.mean_field(visible, NUM_SWEEPS)
         hidden = visible
         for layer, up in enumerate(self.up):
             field = up(hidden)

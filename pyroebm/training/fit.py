@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from pyroebm.training.history import History
@@ -55,10 +56,12 @@ def fit(*arguments: Any, **options: Any) -> History:
         >>> import torch
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.objectives import PersistentCD
-        >>> history = fit(BernoulliRBM(4, 3), PersistentCD(10), torch.eye(4), num_epochs=2)
+        >>> rbm = BernoulliRBM(4, 3, generator=torch.Generator().manual_seed(0))  # initial weights
+        >>> history = fit(rbm, PersistentCD(10), torch.eye(4), num_epochs=2, seed=0)
         >>> history["energy_gap"].shape
         (2,)
     """
+    _check_call("fit", arguments, options)
     trainer = Trainer(*arguments, **options)
     with _interrupting(trainer):
         for _ in trainer.steps():
@@ -103,7 +106,25 @@ def fit_steps(*arguments: Any, **options: Any) -> Iterator[Step]:
         2 True
         3 True
     """
+    _check_call("fit_steps", arguments, options)
     return Trainer(*arguments, **options).steps()
+
+
+def _check_call(name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Check arguments by the signature of :class:`Trainer`.
+
+    Raises:
+        TypeError: with the name of the function that was called, and near names.
+    """
+    signature = inspect.signature(Trainer)
+    for unknown in options.keys() - signature.parameters.keys():
+        near = difflib.get_close_matches(unknown, signature.parameters)
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
+        raise TypeError(f"{name}() takes no argument {unknown!r}{hint}")
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        raise TypeError(f"{name}(): {error}") from None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,9 @@ from pyroebm.training.checkpoint import TrainingState
 
 __all__ = ["Guard", "Rollback"]
 
+#: Number of steps between copies of the state.
+COPY_EVERY = 100
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
@@ -23,14 +26,14 @@ class Guard:
     A step fails if the loss or the gradient is not finite, or if the mean energies of data and
     model differ by more than a bound, :math:`|E_{data} - E_{model}| > g`, which indicates diverged
     chains. A failed step does not change the parameters. It raises an error, or parameters, states
-    of the optimizers and chains are restored to a copy from some steps before. The order of the
+    of the optimizers and chains are restored to a copy, which is made after the first good step
+    and then every 100 steps. The order of the
     data, the random numbers and the schedule are not restored, so that the same batches and random
     numbers do not occur again.
 
     Args:
         rollback: whether to restore a copy; False raises.
         max_energy_gap: g, in nats, for objectives with the metric ``energy_gap``; None is no bound.
-        every: number of steps between copies, the first of which is made after the first good step.
         max_rollbacks: largest number of rollbacks; the next failed step raises.
 
     Raises:
@@ -43,11 +46,10 @@ class Guard:
 
     rollback: bool = False
     max_energy_gap: float | None = None
-    every: int = 100
     max_rollbacks: int = 10
 
     def __post_init__(self) -> None:
-        check_counts({"every": 1, "max_rollbacks": 1}, self.every, self.max_rollbacks)
+        check_counts({"max_rollbacks": 1}, self.max_rollbacks)
         if self.max_energy_gap is not None and not 0.0 < self.max_energy_gap < math.inf:
             raise ValueError(
                 "max_energy_gap must be positive and finite, got"
@@ -96,7 +98,7 @@ class Rollback:
 
     def passed(self, step: int) -> None:
         """Record a good step, and copy the state if it is due."""
-        if self.guard.rollback and (not self.kept or (step + 1) % self.guard.every == 0):
+        if self.guard.rollback and (not self.kept or (step + 1) % COPY_EVERY == 0):
             self.kept, self.kept_at = self.state.tensors(), step
 
     def failed(self, step: int, complaint: str, metrics: Mapping[str, float]) -> None:

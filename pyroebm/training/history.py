@@ -60,6 +60,27 @@ class Metrics(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._columns)
 
+    def _rows(self) -> list[tuple[str, float, float, float]]:
+        """Return name, first value, last value and mean of the last tenth of each metric."""
+        rows = []
+        for name, column in self.items():
+            known = column[~np.isnan(column)]
+            tail = known[-max(1, len(known) // 10) :]
+            if len(known):
+                rows.append((name, known[0], known[-1], float(tail.mean())))
+        return rows
+
+    def _summary(self) -> str:
+        recorded = len(self._steps)
+        return f"{recorded} recorded step{'s' * (recorded != 1)}"
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}: {self._summary()}"]
+        lines += [
+            f"  {name}: {first:.4g} to {last:.4g}" for name, first, last, _ in self._rows()[:6]
+        ]
+        return "\n".join(lines)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the table as tensors, for a checkpoint."""
         values = [torch.from_numpy(column) for column in self.values()]
@@ -113,6 +134,7 @@ class History(Metrics):
 
         Args:
             names: names of the metrics, one for each subplot; ``"loss"`` by default.
+                ``"validation_loss"`` is the loss on the validation data alone.
 
         Returns:
             The axes, shape ``(len(names),)``.
@@ -129,7 +151,9 @@ class History(Metrics):
         import matplotlib.pyplot as plt
 
         names = names or ("loss",)
-        columns = [self[name] for name in names]
+        known = [*self, *(f"validation_{name}" for name in self.validation)]
+        if unknown := [name for name in names if name not in known]:
+            raise KeyError(f"{unknown[0]!r}: the recorded metrics are {known}")
         _, grid = plt.subplots(
             len(names),
             squeeze=False,
@@ -138,16 +162,18 @@ class History(Metrics):
             layout="constrained",
         )
         axes: np.ndarray = grid[:, 0]
-        for ax, name, column in zip(axes, names, columns, strict=True):
-            self._draw(ax, name, column)
+        for ax, name in zip(axes, names, strict=True):
+            self._draw(ax, name)
         axes[-1].set_xlabel("step")
         return axes
 
-    def _draw(self, ax: Axes, name: str, column: np.ndarray) -> None:
-        ax.plot(self.steps, column, lw=1, label="training")
+    def _draw(self, ax: Axes, name: str) -> None:
         ax.set_ylabel(name)
-        if name in self.validation:
-            ax.plot(self.validation.steps, self.validation[name], marker=".", label="validation")
+        held = name if name in self else name.removeprefix("validation_")
+        if name in self:
+            ax.plot(self.steps, self[name], lw=1, label="training")
+        if held in self.validation:
+            ax.plot(self.validation.steps, self.validation[held], marker=".", label="validation")
             ax.legend()
 
     def to_dataset(self) -> xarray.Dataset:
@@ -178,27 +204,11 @@ class History(Metrics):
             ", interrupted" if self.interrupted else ", stopped early" if self.stopped_early else ""
         )
         best = "" if self.best_step is None else f", best validation at step {self.best_step}"
-        recorded = len(self._steps)
-        return f"{recorded} recorded step{'s' * (recorded != 1)}{end}{best}, seed {self.seed}"
+        return f"{super()._summary()}{end}{best}, seed {self.seed}"
 
     def _rows(self) -> list[tuple[str, float, float, float]]:
-        """Return name, first value, last value and mean of the last tenth of each metric."""
-        tables = [("", self), ("validation ", self.validation)]
-        rows = []
-        for prefix, table in tables:
-            for name, column in table.items():
-                known = column[~np.isnan(column)]
-                tail = known[-max(1, len(known) // 10) :]
-                if len(known):
-                    rows.append((prefix + name, known[0], known[-1], float(tail.mean())))
-        return rows
-
-    def __repr__(self) -> str:
-        lines = [f"History: {self._summary()}"]
-        lines += [
-            f"  {name}: {first:.4g} to {last:.4g}" for name, first, last, _ in self._rows()[:6]
-        ]
-        return "\n".join(lines)
+        held = self.validation._rows()
+        return super()._rows() + [(f"validation {row[0]}", *row[1:]) for row in held]
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in ("", "first", "last", "mean of last 10 %"))

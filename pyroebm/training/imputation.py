@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.conditionals import Index, blocks_of, conditional_of
 from pyroebm.core.energy import Energy, View
 from pyroebm.core.supports import inside, is_discrete, is_real
@@ -95,8 +97,8 @@ class Clamped(View):
 
 def impute(
     model: Energy | HasJoint,
-    observed: Tensor,
-    known: Tensor,
+    observed: Tensor | np.ndarray,
+    known: Tensor | np.ndarray,
     *,
     num_sweeps: int = 200,
     kernel: Kernel[Any] | None = None,
@@ -149,6 +151,7 @@ def impute(
     check_counts({"num_sweeps": 1}, num_sweeps)
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    observed = as_tensor(observed, energy.dtype, energy.device, "observed")
     states, mask = _over_all_units(energy, model, observed, known)
     clamped = Clamped(energy, states, mask)
     if kernel is None:
@@ -170,7 +173,7 @@ def impute(
 
 
 def _over_all_units(
-    energy: Energy, model: Any, observed: Tensor, known: Tensor
+    energy: Energy, model: Any, observed: Tensor, known: Tensor | np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Return observed values and mask over all units; hidden units are not known."""
     known, events = torch.as_tensor(known), {tuple(energy.event_shape)}

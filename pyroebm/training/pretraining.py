@@ -26,21 +26,19 @@ def pretrain_belief_network(
     sizes: Sequence[int],
     data: Tensor,
     objective: Objective,
-    *,
-    tied: bool = True,
     **options: Any,
 ) -> DeepBeliefNetwork:
     r"""Pretrain a deep belief network as a stack of RBMs (Hinton, Osindero and Teh, 2006).
 
-    Each RBM is trained on the means of the recognition network of the layers below.
+    Each RBM is trained on the means of the recognition network of the layers below. A layer is
+    initialized with the transposed weights of the one below if their sizes agree; adding it then
+    does not change the likelihood.
 
     Args:
         sizes: number of units of each layer, the visible one first.
         data: binary data, shape ``(n, sizes[0])``, floating point.
         objective: the objective, of which each layer has a copy, such as
             ``PersistentCD(num_chains=100)``.
-        tied: whether to initialize a layer with the transposed weights of the one below, if their
-            sizes agree; adding the layer then does not change the likelihood.
         options: options of :func:`pyroebm.training.fit` for all layers, such as ``num_epochs``. The
             number of the layer is appended to the file names of ``checkpoint``, ``log`` and
             ``tensorboard``, for example ``pretrained-1.safetensors``.
@@ -67,7 +65,7 @@ def pretrain_belief_network(
             inputs = torch.sigmoid(
                 network.means_up(data) @ network.top.weight + network.top.hidden_bias
             )
-        network.grow(size, tied=tied and size == below)
+        network.grow(size, tied=size == below)
         _train_layer(layer, network.top, inputs, objective, options)
     return network
 

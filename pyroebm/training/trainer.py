@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.files import checksum
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
-from pyroebm.objectives.base import HasLosses, Objective
+from pyroebm.objectives.base import HasLosses, Objective, module_dtype
 from pyroebm.training.checkpoint import Checkpoint, TrainingState, saved_seed, settings_of
-from pyroebm.training.data import Data, Passes, batches_of, module_dtype
+from pyroebm.training.data import Batches, Data, Passes, batches_of
 from pyroebm.training.distributed import (
     average_gradients,
     connected_ranks,
@@ -33,6 +34,9 @@ from pyroebm.training.optimizers import AnyOptimizer, AnySchedule, make_players
 from pyroebm.training.validation import AnyObjective, Validation, rows_of
 
 __all__ = ["Step", "Trainer"]
+
+#: Seconds between checkpoints.
+CHECKPOINT_EVERY = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +112,8 @@ class Trainer:
         validation: validation data, of the same kind as ``data``. The columns of a data frame are
             put in the order of those of ``data``.
         validation_objective: objective for the validation data; None is ``objective``. Contrastive
-            losses do not measure the fit; use for example
-            :class:`~pyroebm.objectives.Pseudolikelihood`.
+            losses do not measure the fit, so ``patience`` and ``keep_best`` need another objective,
+            for example :class:`~pyroebm.objectives.Pseudolikelihood`.
         validate_every: number of steps between evaluations; None is an epoch if ``num_epochs`` is
             given, else a twentieth of ``num_steps``. The last step is always evaluated.
         patience: number of consecutive evaluations without a new lowest validation loss, after
@@ -117,20 +121,23 @@ class Trainer:
         keep_best: whether to restore the weights with the lowest validation loss at the end.
         checkpoint: a file for the complete state of the training: parameters, states of optimizers
             and schedules, buffers of the objective (its chains), the average, the offsets of
-            ``transform``, the generator, the history, the best weights.
-        checkpoint_every: seconds between checkpoints; one is also written at the end, and when the
-            training is stopped.
+            ``transform``, the generator, the history, the best weights. It is written every minute,
+            at the end, and when the training is stopped.
         resume: whether to continue from ``checkpoint`` if it exists, bit for bit as an
             uninterrupted training (on one machine). Settings of the optimizer and the schedule,
             such as the learning rate, are then those of the checkpoint. Not supported with a
-            ``DataLoader``, whose order is unknown.
+            ``DataLoader``, whose order is unknown. A checkpoint of other data, another structure of
+            the module, or other settings of the objective or of its target raises an error that
+            lists the differences. The items of a ``Dataset`` are not compared, since they may be
+            random.
         log: a file of JSON lines with step, loss, metrics and seconds. After ``resume`` it is equal
             to that of an uninterrupted training, except for the seconds.
         log_every: number of steps between recorded steps, in the log and in the history.
         tensorboard: a folder for TensorBoard, which must be installed.
         seed: seed of the order of the data and of the objective's generator; None draws a seed,
             which is stored in ``history.seed`` and in the checkpoint. torch's default generator is
-            not used.
+            not used. The initial weights were drawn when the module was constructed: give it a
+            ``generator`` for a training that can be repeated.
         progress: True shows progress, False hides it, None shows it after one second.
 
     Attributes:
@@ -177,7 +184,6 @@ class Trainer:
         patience: int | None = None,
         keep_best: bool = False,
         checkpoint: str | Path | None = None,
-        checkpoint_every: float = 60.0,
         resume: bool = False,
         log: str | Path | None = None,
         log_every: int = 1,
@@ -202,10 +208,9 @@ class Trainer:
             raise ValueError(
                 f"max_grad_norm must be positive, or None, got max_grad_norm={max_grad_norm}"
             )
-        if not (0.0 <= weight_decay < math.inf and checkpoint_every >= 0.0):
+        if not 0.0 <= weight_decay < math.inf:
             raise ValueError(
-                "weight_decay and checkpoint_every must be nonnegative, got"
-                f" weight_decay={weight_decay}, checkpoint_every={checkpoint_every}"
+                f"weight_decay must be nonnegative and finite, got weight_decay={weight_decay}"
             )
         if resume and checkpoint is None:
             raise ValueError("resume=True continues from a checkpoint: give checkpoint")
@@ -237,7 +242,6 @@ class Trainer:
         self._transform = transform
         self._average = average
         self._guard = guard
-        self._checkpoint_every = checkpoint_every
         self._log_every = log_every
         self._progress = progress
         self._players = make_players(
@@ -285,13 +289,19 @@ class Trainer:
                 for key, player in self._players.items()
                 for name, part in (("optimizer", player.optimizer), ("schedule", player.schedule))
             }
+            trained = frozenset(map(id, self._parameters))
+            seen: set[int] = set()
             settings |= {
-                "rows": None if self._batches is None else self._batches.rows,
+                "data": _fingerprint(self._batches),
+                "validation": None
+                if self._validation is None
+                else _fingerprint(self._validation.batches),
                 "batch_size": batch_size,
                 "seed": seed,
                 "dtype": str(dtype),
                 "ranks": self._ranks[1],
-                **settings_of("objective", objective),
+                **settings_of("module", module, trained, seen),
+                **settings_of("objective", objective, trained, seen),
             }
             self._checkpoint = Checkpoint(checkpoint, state, settings)
             if exists and not resume:
@@ -358,6 +368,14 @@ class Trainer:
             if count is not None:
                 check_counts({name: 1}, count)
         chosen = self.objective if objective is None else objective
+        if isinstance(chosen, Objective) and not chosen.measures_fit and (patience or keep_best):
+            option = "patience" if patience else "keep_best"
+            raise ValueError(
+                f"{option} needs a validation_objective whose losses of different steps can be"
+                " compared, such as Pseudolikelihood() for discrete and"
+                " DenoisingScoreMatching(sigma) for continuous data, got"
+                f" {type(chosen).__name__}, whose loss does not measure the fit"
+            )
         batches = batches_of(
             validation,
             self.module,
@@ -391,7 +409,7 @@ class Trainer:
         number = self.steps_done
         if isinstance(self.objective, Objective):
             self.objective.begin_step(number, self.num_steps)
-        due = time.monotonic() - self._saved >= self._checkpoint_every
+        due = time.monotonic() - self._saved >= CHECKPOINT_EVERY
         loss, metrics, due = self._update(number, due)
         self.steps_done += 1
         if number % self._log_every == 0:
@@ -579,6 +597,16 @@ class Trainer:
         if self._guard.rollback:
             metrics["rollbacks"] = float(self._rollback.count)
         return losses["loss_energy"], metrics, due
+
+
+def _fingerprint(batches: Batches | Passes | None) -> str | None:
+    """Describe data by the number of rows and a checksum of some of them, as converted."""
+    sample = batches.sample() if isinstance(batches, Batches) else None
+    if batches is None or sample is None:
+        return None if batches is None else f"{batches.rows} rows"
+    parts = sample if isinstance(sample, tuple) else (sample,)
+    shapes = ", ".join(str((batches.rows, *part.shape[1:])) for part in parts)
+    return f"{shapes}, checksum {checksum(parts)}"
 
 
 def _takes_events_alone(objective: AnyObjective) -> str | None:

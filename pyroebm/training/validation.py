@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.wrappers import eval_mode
-from pyroebm.objectives.base import HasLosses
-from pyroebm.training.data import Batches, Passes, module_dtype
+from pyroebm.objectives.base import HasLosses, module_dtype
+from pyroebm.training.data import Batches, Passes
 from pyroebm.training.distributed import average_gradients, connected_ranks
 
 __all__ = ["AnyObjective", "Validation", "rows_of"]

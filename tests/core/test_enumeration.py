@@ -40,6 +40,6 @@ def test_the_ends_of_the_unit_interval_have_numbers_too(
         assert draw_numbers(log_p, 2).tolist() == ([1, 1] if u == 0.0 else [3, 3])
 
 
-def test_no_law_is_said() -> None:
+def test_no_distribution_is_said() -> None:
     with pytest.raises(FloatingPointError, match="of 2 states 1 have an energy that is not finite"):
         draw_numbers(torch.tensor([0.0, torch.nan]), 3)

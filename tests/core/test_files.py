@@ -156,6 +156,6 @@ def test_a_figure_is_written_in_the_format_of_its_name(tmp_path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, _ = plt.subplots()
-    files.write_figure(tmp_path / "a.png", figure, dpi=20)
+    files.write_figure(tmp_path / "a.png", figure)
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list(tmp_path.iterdir())) == 1

@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lib.graphs import data_dependent
-from torch import Tensor
+from pyro.distributions import Beta
+from pyro.ops.special import safe_log
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn import functional
 
 from pyroebm.core import value_and_grad
-from pyroebm.core._torch_private import FixedShapes
-from pyroebm.core.rowwise import RowsInABatch, RowwiseEnergy
+from pyroebm.core._torch_private import FixedShapes, PerturbedRounding
+from pyroebm.core.rowwise import RowsInABatch, RowwiseEnergy, map_rows
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -167,6 +173,25 @@ def test_draws_that_do_not_enter_leave_the_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_equal_operations_are_recorded_once() -> None:
+    energy, u = Rows(lambda u: sum((u.exp() * t).sum() for t in (1.0, 2.0, 2.0))), torch.zeros(5, 3)
+    energy(u)
+    (graph, _) = energy._graphs[list(energy._graphs)[-1]]
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.aten.exp.default) == 1
+    assert targets.count(torch.ops.aten.mul.Tensor) == 2
+
+
+def test_numbers_of_other_types_make_other_operations() -> None:
+    def row(u: Tensor) -> Tensor:
+        positive = (u > 0).long()
+        return (positive * 1.0).sqrt().sum() * (positive * 1).bitwise_not().sum() + u.sum()
+
+    energy, u = Rows(row), torch.tensor([[0.3, -0.7, 1.1], [0.9, 0.2, -0.4]])
+    assert energy.batching == "graph"
+    torch.testing.assert_close(energy(u), torch.stack([row(each) for each in u]))
+
+
 def test_data_are_not_written_to() -> None:
     data = DATA.clone()
 
@@ -283,3 +308,147 @@ def test_a_last_digit_is_no_random_number(
     else:
         with pytest.raises(ValueError, match="a random number that is not a sample site"):
             Rows(row, dtype)
+
+
+def bounded_log(u: Tensor) -> Tensor:
+    """Its gradient at 0 is 1 / eps, where that of the logarithm is infinite."""
+    return (u**2).sum() - 1e-15 * safe_log((u - 0.3).clamp(min=0.0)).clamp(min=-1.0).sum()
+
+
+def test_the_logarithm_of_pyro_is_captured_with_its_gradient() -> None:
+    rows = Rows(bounded_log)
+    assert rows.batching == "graph"
+    u = torch.tensor([[0.3, 0.5, 0.9], [0.31, 0.3, 0.30001]])
+    energies, gradient = value_and_grad(rows, u)
+    again = u.clone().requires_grad_()
+    expected = torch.stack([bounded_log(row) for row in again])
+    torch.testing.assert_close(energies, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), again)[0])
+
+
+def test_functions_outside_of_vmap_stay_those_of_pyro_and_torch() -> None:
+    def row(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": Beta(2.0, 3.0).sample() + safe_log(values["u"])}
+
+    found = map_rows(row, {"u": torch.ones(5)}, 5, name="it", random_values=True)
+    assert len(found["x"].unique()) == 5
+    x = torch.zeros(1, requires_grad=True)
+    (gradient,) = torch.autograd.grad(safe_log(x).sum(), x)
+    assert float(gradient) == 1.0 / torch.finfo(torch.float64).eps
+    a = torch.tensor(2.0, requires_grad=True)
+    assert Beta(a, 3.0).rsample().requires_grad
+
+
+def seeded_features(u: Tensor) -> Tensor:
+    features = torch.randn(8, 3, generator=torch.Generator().manual_seed(5))
+    return (features @ u).cos().sum() + (u**2).sum()
+
+
+@pytest.mark.filterwarnings("ignore:Rows cannot be:RuntimeWarning")
+def test_random_numbers_of_a_fixed_seed_are_constants() -> None:
+    u = torch.tensor([[0.3, 0.2, -0.7], [-0.3, 0.1, 0.5]])
+    expected = torch.stack([seeded_features(row) for row in u])
+    torch.testing.assert_close(Rows(seeded_features)(u), expected)
+
+
+def read_as_a_number(u: Tensor) -> Tensor:
+    return u.sum() * float(torch.rand(()))
+
+
+def one_unit(u: Tensor) -> Tensor:
+    """Dropout of one unit, of which half of the draws are equal."""
+    return (u * functional.dropout(torch.ones(()), 0.5)).sum()
+
+
+def written_in_place(u: Tensor) -> Tensor:
+    noise = torch.zeros(3)
+    noise[1:].normal_()
+    return (noise + u).sum()
+
+
+@pytest.mark.parametrize(
+    ("row", "operation"),
+    [
+        (lambda u: (u * torch.randn(3)).sum(), "aten.randn.default"),
+        (lambda u: (u * torch.rand_like(u)).sum(), "aten.rand_like.default"),
+        (lambda u: functional.dropout(u, 0.5).sum(), r"aten.\w*(dropout|bernoulli)"),
+        (lambda u: torch.bernoulli(u.sigmoid()).sum() + u.sum(), "aten.bernoulli"),
+        (lambda u: Normal(u, 1.0).sample().sum() + u.sum(), "aten.normal"),
+        (lambda u: (u[torch.randperm(3)] * DATA[:3]).sum(), "aten.randperm"),
+        (lambda u: u[torch.multinomial(u.softmax(0), 2)].sum(), "aten.multinomial"),
+        (read_as_a_number, "aten.rand.default"),
+        (one_unit, r"aten.\w*(dropout|bernoulli)"),
+        (written_in_place, "aten.normal_"),
+    ],
+)
+def test_random_operations_are_named(row: Row, operation: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=f"not a sample site, drawn by {operation}.*draw it once"):
+        Rows(row)
+
+
+def test_random_numbers_of_others_are_seen() -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"not a sample site: draw it once.*It gave \[.*and then"):
+        Rows(lambda u: u.sum() * rng.random())
+
+
+class DropoutInTraining(Rows):
+    """The evaluation mode, in which MCMC runs, has no dropout."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda u: (u**2).sum())
+        self.dropout = nn.Dropout(0.5)
+        self.row = lambda u: self.dropout(u).sum()
+
+
+def test_a_graph_with_random_numbers_is_refused() -> None:
+    energy = DropoutInTraining()
+    torch.testing.assert_close(energy.eval()(torch.ones(1, 3)), torch.tensor([3.0]))
+    with pytest.raises(ValueError, match=r"drawn by aten\..*call \.eval\(\)"):
+        energy.train()(torch.ones(1, 3))
+
+
+def ill_conditioned(dtype: torch.dtype, size: int) -> Row:
+    """A determinant and a solution that amplify rounding a million times or more."""
+    x = torch.linspace(0.0, 1.0, size, dtype=dtype)
+
+    def row(u: Tensor) -> Tensor:
+        kernel = torch.exp(-((x[:, None] - x) ** 2) / (0.5 + u[0] ** 2))
+        kernel = kernel + 1e-4 * torch.eye(size, dtype=dtype)
+        solution = torch.linalg.solve(kernel, x.sin())
+        return torch.logdet(kernel) + solution.sum() + (x @ kernel @ kernel).sum() + (u**2).sum()
+
+    return row
+
+
+class OtherRounding(Rows):
+    """The second evaluation of two events rounds all its operations in another way."""
+
+    calls = 0
+
+    def row_energy(self, u: Tensor) -> Tensor:
+        self.calls += 1
+        again = PerturbedRounding(self.calls) if self.calls in (3, 4) else nullcontext()
+        with again:
+            return super().row_energy(u)
+
+
+@pytest.mark.filterwarnings("ignore:OtherRounding cannot be:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [5, 20, 60])
+def test_rounding_is_no_random_number(dtype: torch.dtype, size: int) -> None:
+    row = ill_conditioned(dtype, size)
+    assert OtherRounding(row, dtype).calls > 4
+
+    def seeded(u: Tensor) -> Tensor:
+        noise = torch.randn(3, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return row(u) + (noise * u).sum()
+
+    assert OtherRounding(seeded, dtype).calls > 4
+
+
+def test_mutant_no_rounding_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rows, "_rounding", lambda self, rows, values: torch.zeros(2))
+    with pytest.raises(ValueError, match="a random number that is not a sample site"):
+        OtherRounding(ill_conditioned(torch.float64, 20))

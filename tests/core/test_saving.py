@@ -904,3 +904,34 @@ def test_devices(tmp_path: Path) -> None:
     assert on_cpu.device.type == "cpu"
     x = noise(3, 2)
     torch.testing.assert_close(on_cpu(x), path(x.cuda()).cpu())
+
+
+def test_classes_are_a_dict(tmp_path: Path) -> None:
+    save(DoubleWell(), tmp_path / "well.safetensors")
+    with pytest.raises(ValueError, match=r'got list: write classes=\{"MyEnergy": MyEnergy\}'):
+        load(tmp_path / "well.safetensors", classes=[DoubleWell])  # type: ignore[arg-type]
+
+
+def test_sizes_and_ranges_keep_their_types(tmp_path: Path) -> None:
+    """As arguments, within others, and as attributes that were assigned later."""
+
+    class Grid(Energy):
+        def __init__(self, shape: Any, steps: Any) -> None:
+            super().__init__((2,))
+            self.shape, self.steps = shape, steps
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum(-1)
+
+    grid = Grid(torch.Size([2, 3]), [range(1, 9, 2)])
+    grid.later = (torch.Size([4]), range(3))
+    save(grid, tmp_path / "grid.safetensors")
+    found = load(tmp_path / "grid.safetensors", classes={"Grid": Grid})
+    for ours, theirs in (
+        (found.shape, torch.Size([2, 3])),
+        (found.steps[0], range(1, 9, 2)),
+        (found.later[0], torch.Size([4])),
+        (found.later[1], range(3)),
+    ):
+        assert ours == theirs
+        assert type(ours) is type(theirs)

@@ -54,17 +54,17 @@ cases = pytest.mark.parametrize("name", CASES)
 
 @cases
 @pytest.mark.parametrize("mean", [0.5, 2.0])
-def test_between_normal_laws(name: str, mean: float) -> None:
+def test_between_normal_distributions(name: str, mean: float) -> None:
     estimate, truth = CASES[name]
     found = estimate(normal(1500, 1), normal(1000, 2, mean))
     within_se(found.value, truth(mean), found.standard_error)
 
 
 @cases
-def test_unbiased_for_equal_laws_and_errors_are_true(name: str) -> None:
+def test_unbiased_for_equal_distributions_and_errors_are_true(name: str) -> None:
     """Of many repetitions the mean is the truth and the spread the standard error that each of them
-    claims. Under equal laws the estimates are a weighted sum of squares, the less skewed the more
-    dimensions there are; the truth is 0 in all."""
+    claims. Under equal distributions the estimates are a weighted sum of squares, the less skewed
+    the more dimensions there are; the truth is 0 in all."""
     estimate, truth = CASES[name]
     for mean, dim in ((0.0, 8), (1.0, 1)):
         found = [
@@ -73,7 +73,7 @@ def test_unbiased_for_equal_laws_and_errors_are_true(name: str) -> None:
         ]
         values = torch.tensor([f.value for f in found])
         within_se(values.mean(), truth(mean), values.std() / math.sqrt(len(values)))
-        if mean:  # under equal laws the first-order term of the error is 0
+        if mean:  # under equal distributions the first-order term of the error is 0
             claimed = torch.tensor([f.standard_error for f in found]).mean()
             assert float(claimed / values.std()) == pytest.approx(
                 1.0, abs=5.0 / math.sqrt(2.0 * len(values))

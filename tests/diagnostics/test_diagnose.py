@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +20,15 @@ from torch.distributions import constraints
 from pyroebm import MCMC, NUTS, Energy, ModelEnergy, infer
 from pyroebm.core import Unnormalized
 from pyroebm.core.statistics import arviz
-from pyroebm.diagnostics import Diagnosis, Finding, diagnose, stein_residual, stein_z, to_arviz
+from pyroebm.diagnostics import (
+    Diagnosis,
+    Finding,
+    convergence,
+    diagnose,
+    stein_residual,
+    stein_z,
+    to_arviz,
+)
 from pyroebm.diagnostics.energy_probes import find_edge, find_tail, flat_part
 from pyroebm.kernels import WindowAdaptation
 from pyroebm.targets import Exponential, Funnel, Gaussian
@@ -442,7 +452,7 @@ def test_a_diagnosis_prints_a_line_of_numbers_and_one_for_each_finding() -> None
     findings = (Finding("ess", "Draw more & <longer>."), Finding("bfmi", "Heavy tails."))
     diagnosis = Diagnosis(1.02, 300.0, 200.0, 0.2, 1, math.nan, findings)
     assert str(diagnosis).split("\n") == [
-        "Not mixed: R-hat 1.020, bulk ESS 300, tail ESS 200, 1 divergence.",
+        "Draws may be biased: R-hat 1.020, bulk ESS 300, tail ESS 200, 1 divergence.",
         "- Draw more & <longer>.",
         "- Heavy tails.",
     ]
@@ -450,6 +460,44 @@ def test_a_diagnosis_prints_a_line_of_numbers_and_one_for_each_finding() -> None
     assert shown.count("<li>") == 2
     assert "Draw more &amp; &lt;longer&gt;." in shown
     assert "<ul>" not in Diagnosis(1.0, 1e4, 1e4, 0.9, 0, 1.0)._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "heading"),
+    [
+        ((), "Mixed"),
+        (("divergences",), "Draws may be biased"),
+        (("ess", "divergences"), "Draws may be biased"),
+        (("divergences", "r_hat"), "Not mixed"),
+        (("ess",), "Few effective draws"),
+        (("one_chain",), "One chain"),
+        (("tree_depth",), "Mixed, but slowly"),
+    ],
+)
+def test_the_heading_of_a_diagnosis_is_its_main_finding(
+    kinds: tuple[str, ...], heading: str
+) -> None:
+    found = tuple(Finding(kind, "It is so.") for kind in kinds)
+    diagnosis = Diagnosis(1.0, 1e4, 1e4, 0.9, 3, 1.0, found)
+    assert diagnosis.heading == heading
+    assert str(diagnosis).startswith(f"{heading}: R-hat 1.000")
+    assert diagnosis.mixed == (not kinds)
+
+
+def test_every_kind_of_finding_has_a_heading() -> None:
+    source = inspect.getsource(convergence)
+    kinds = set(re.findall(r'Finding\(\s*"(\w+)"', source))
+    assert kinds == set().union(*convergence.HEADINGS.values())
+
+
+def test_draws_without_statistics_and_runs_are_told_apart() -> None:
+    x = torch.randn(4, 500, 2, generator=torch.Generator().manual_seed(0))
+    assert diagnose(x).mixed
+    assert str(diagnose(x.numpy())) == str(diagnose(x))
+    with pytest.raises(ValueError, match=r"got MCMC; a run is diagnosed by mcmc.diagnose\(\)"):
+        diagnose(MCMC(NUTS()))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got shape \(500,\)"):
+        diagnose(x[0, :, 0])
 
 
 def test_statistics_have_the_names_of_arvizs_schema() -> None:

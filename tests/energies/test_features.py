@@ -82,7 +82,7 @@ def exact_gradient(energy: FeatureLatentEnergy, data: Tensor) -> Tensor:
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 
-def check_laws(energy: FeatureLatentEnergy) -> None:
+def check_distributions(energy: FeatureLatentEnergy) -> None:
     """Joint energy, free energy and conditional against the eight states."""
     shape = energy.event_shape
     x = torch.randn(7, *shape, dtype=F64, generator=seeded(3))
@@ -91,11 +91,11 @@ def check_laws(energy: FeatureLatentEnergy) -> None:
     torch.testing.assert_close(energy.joint()(states), table)
     torch.testing.assert_close(energy(x), -torch.logsumexp(-table, 1))
     p = torch.softmax(-table, 1)
-    law = energy.hidden_given(x)
+    distribution = energy.hidden_given(x)
     torch.testing.assert_close(
-        torch.stack([law.log_prob(h.expand(7, 3)).exp() for h in BITS], 1), p
+        torch.stack([distribution.log_prob(h.expand(7, 3)).exp() for h in BITS], 1), p
     )
-    torch.testing.assert_close(law.mean, p @ BITS)
+    torch.testing.assert_close(distribution.mean, p @ BITS)
     torch.testing.assert_close(energy.joint().conditional("hidden", states[:, 0]).mean, p @ BITS)
 
 
@@ -116,8 +116,8 @@ def check_gradient(energy: FeatureLatentEnergy) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (1, 2, 3)])
-def test_laws_by_enumeration(shape: tuple[int, ...]) -> None:
-    check_laws(make(shape))
+def test_distributions_by_enumeration(shape: tuple[int, ...]) -> None:
+    check_distributions(make(shape))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,)])
@@ -214,7 +214,7 @@ def test_shapes_types_and_starts(shape: tuple[int, ...], dtype: torch.dtype) -> 
     assert torch.equal(clean[[0, 1, 3, 4, 5]], dirty[[0, 1, 3, 4, 5]])
 
 
-def test_starts_are_the_law_without_bits() -> None:
+def test_starts_are_the_distribution_without_bits() -> None:
     energy = make()
     x = energy.initial(20_000, seeded(5))
     mean, se = mean_and_se(x)
@@ -250,8 +250,8 @@ class ExactOnGrid(Objective):
 
 
 def test_it_learns_a_ring() -> None:
-    """What no normal law and no Gaussian machine of few bits can: the exact likelihood rises by
-    half a nat over theirs."""
+    """What no normal distribution and no Gaussian machine of few bits can: the exact likelihood
+    rises by half a nat over theirs."""
     angle = 2.0 * math.pi * torch.rand(900, dtype=F64, generator=seeded(7))
     radius = 1.0 + 0.1 * torch.randn(900, dtype=F64, generator=seeded(8))
     data = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
@@ -338,9 +338,9 @@ class NoFeatures(FeatureLatentEnergy):
 
 
 @pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, Softmax])
-def test_broken_laws_are_caught(mutant: type[FeatureLatentEnergy]) -> None:
+def test_broken_distributions_are_caught(mutant: type[FeatureLatentEnergy]) -> None:
     with pytest.raises(AssertionError):
-        check_laws(make(kind=mutant))
+        check_distributions(make(kind=mutant))
 
 
 @pytest.mark.parametrize(

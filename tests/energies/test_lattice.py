@@ -1,5 +1,5 @@
-"""Lattices: bonds counted by hand, log Z against published tori and against all states, the law of
-independent spins."""
+"""Lattices: bonds counted by hand, log Z against published tori and against all states, the
+distribution of independent spins."""
 
 from __future__ import annotations
 
@@ -151,17 +151,17 @@ def test_bad_arguments(make: Callable[[], object], message: str) -> None:
         make()
 
 
-def test_the_law_of_spins() -> None:
+def test_the_distribution_of_spins() -> None:
     field = torch.tensor([-1.2, 0.0, 0.7], dtype=torch.float64)
-    law, both = SpinBernoulli(field), torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
-    p = law.log_prob(both.expand(2, 3)).exp()
+    distribution, both = SpinBernoulli(field), torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    p = distribution.log_prob(both.expand(2, 3)).exp()
     torch.testing.assert_close(p.sum(0), torch.ones(3, dtype=torch.float64))
-    torch.testing.assert_close((p * both).sum(0), law.mean)
-    torch.testing.assert_close((p * both**2).sum(0) - law.mean**2, law.variance)
+    torch.testing.assert_close((p * both).sum(0), distribution.mean)
+    torch.testing.assert_close((p * both**2).sum(0) - distribution.mean**2, distribution.variance)
     torch.manual_seed(0)
-    x = law.expand((2, 3)).sample((20_000,))
+    x = distribution.expand((2, 3)).sample((20_000,))
     assert x.shape == (20_000, 2, 3)
-    within_se(x.mean(0), law.mean.expand(2, 3), x.std(0) / math.sqrt(20_000))
+    within_se(x.mean(0), distribution.mean.expand(2, 3), x.std(0) / math.sqrt(20_000))
     with pytest.raises(ValueError, match="support"):
         SpinBernoulli(field, validate_args=True).log_prob(torch.zeros(3).double())
     with pytest.raises(ValueError, match="constraint"):

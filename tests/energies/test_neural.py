@@ -131,8 +131,8 @@ def test_a_fresh_energy_is_its_envelope() -> None:
 
 
 def test_an_envelope_makes_it_normalisable() -> None:
-    """The network falls without end to one side; the integral is that of a normal law about a
-    shifted center."""
+    """The network falls without end to one side; the integral is that of a normal distribution
+    about a shifted center."""
     energy = MLPEnergy((), (1,), activation="softplus", scale=2.0)
     first, _, last = energy.net[1:]
     with torch.no_grad():

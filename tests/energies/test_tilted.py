@@ -1,5 +1,5 @@
-"""Tilted laws: a discriminator's logit in closed form, log Z by quadrature and from draws, a
-generator's latents, mutants."""
+"""Tilted distributions: a discriminator's logit in closed form, log Z by quadrature and from draws,
+a generator's latents, mutants."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_draws(tilted: Tilted, kernel: Kernel) -> None:  # type: ignore[type-ar
 # --------------------------------------------------------------------------------------------------
 
 
-def test_an_optimal_discriminator_gives_the_data_law() -> None:
+def test_an_optimal_discriminator_gives_the_data_distribution() -> None:
     check_density(discriminated())
 
 
@@ -86,8 +86,8 @@ def test_log_z_from_draws_of_the_base() -> None:
 
 
 def test_latents_of_a_generator() -> None:
-    """z ~ N(0, I) exp(d(G(z))) with a curved G: G(z) has the law of G(N(0, I)) times exp(d), here
-    by quadrature over z."""
+    """z ~ N(0, I) exp(d(G(z))) with a curved G: G(z) has the distribution of G(N(0, I)) times
+    exp(d), here by quadrature over z."""
 
     def generate(z: Tensor) -> Tensor:
         return torch.stack(

@@ -24,7 +24,7 @@ def normal_flow(mean: float, deviation: float, dim: int = 1) -> NICE:
     return flow
 
 
-def test_figures_between_normal_laws() -> None:
+def test_figures_between_normal_distributions() -> None:
     """p = N(0, 1), q = N(m, s^2) in one dimension, s^2 > 1/2, so that all moments of the weights
     exist."""
     mean, deviation = 0.3, 1.3
@@ -39,7 +39,7 @@ def test_figures_between_normal_laws() -> None:
     kl_pq = 0.5 * (1.0 + mean**2) / deviation**2 - 0.5 + math.log(deviation)
     within_se(report.elbo.value, log_z - kl_qp, report.elbo.standard_error)
     within_se(report.eubo.value, log_z + kl_pq, report.eubo.standard_error)
-    # E_q[(p/q)^2] of normal laws
+    # E_q[(p/q)^2] of normal distributions
     second = (
         deviation**2 / math.sqrt(2 * deviation**2 - 1) * math.exp(mean**2 / (2 * deviation**2 - 1))
     )

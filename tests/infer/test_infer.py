@@ -337,7 +337,7 @@ def test_a_potential_is_sampled_and_transforms_map_its_draws_back(jacobian: floa
     kernel = NUTS(potential_fn=gamma_potential(jacobian), transforms={"u": ExpTransform().inv})
     mcmc = draws_of(kernel, initial_params=start, warmup=100, samples=100)
     truth = {"u": (2.0, 4.5), "y": (torch.full((2,), 2.0), torch.full((2,), 5.5))}
-    assert list(mcmc.get_samples()) == ["y", "u"]
+    assert list(mcmc.get_samples()) == ["u", "y"]
     if jacobian == 1.0:
         check_moments(mcmc, truth)
     else:  # the transforms bring no Jacobian of their own: what the potential lacks is seen
@@ -451,22 +451,6 @@ def test_chains_start_by_a_strategy() -> None:
     assert len(set(medians["b"].tolist())) == 3
 
 
-@pytest.mark.parametrize("chains", [1, 2])
-def test_a_hook_is_called_after_each_step(chains: int) -> None:
-    calls: list[tuple[str, int]] = []
-    last: dict[str, Tensor] = {}
-
-    def hook(kernel: NUTS, params: dict[str, Tensor], stage: str, i: int) -> None:
-        assert kernel.step_size > 0
-        calls.append((stage, i))
-        last.update(params)
-
-    mcmc = draws_of(NUTS(two_sites), chains=chains, samples=4, warmup=3, hook_fn=hook)
-    assert calls == [("Warmup", i) for i in range(3)] + [("Sample", i) for i in range(4)]
-    newest = mcmc.get_samples(group_by_chain=True)["scale"][:, -1].log()
-    torch.testing.assert_close(last["scale"], newest if chains > 1 else newest[0])
-
-
 def test_pyros_seed_decides_the_run() -> None:
     kernel = NUTS(two_sites)  # what a run adapts is not where the next one starts
     runs = [
@@ -521,11 +505,6 @@ def test_one_chain_without_warm_up_given_has_as_many_steps_as_samples() -> None:
     assert mcmc.get_samples()["b"].shape == (6,)
 
 
-def discrete() -> None:
-    z = pyro.sample("z", dist.Bernoulli(0.5))
-    pyro.sample("x", dist.Normal(z, 1.0))
-
-
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -536,11 +515,7 @@ def discrete() -> None:
         (lambda: NUTS(two_sites, max_tree_depth=0), "max_tree_depth must be from 1"),
         (lambda: HMC(two_sites, num_steps=0), "num_steps must be at least 1"),
         (lambda: HMC(two_sites, trajectory_length=-1.0), "trajectory_length must be positive"),
-        (
-            lambda: MCMC(pyro.infer.NUTS(two_sites), 5),
-            r"NUTS or HMC of pyroebm\.infer, got pyro\.infer",
-        ),
-        (lambda: MCMC(pyroebm.NUTS(), 5), r"NUTS or HMC of pyroebm\.infer, got pyroebm\.kernels"),
+        (lambda: MCMC(pyroebm.NUTS(), 5), r"kernel must be a kernel of Pyro.*got pyroebm\.kernels"),
         (lambda: MCMC(NUTS(two_sites), 0), "num_samples must be an integer of at least 1"),
         (lambda: MCMC(NUTS(potential_fn=lambda p: p["x"]), 5), "requires initial_params"),
         (
@@ -551,10 +526,6 @@ def discrete() -> None:
         (
             lambda: MCMC(NUTS(two_sites), 5, 5, {"b": torch.zeros(())}, disable_progbar=True).run(),
             "variables must be",
-        ),
-        (
-            lambda: MCMC(NUTS(discrete), 5, disable_progbar=True).run(),
-            "site 'z' must be continuous",
         ),
         (
             lambda: MCMC(

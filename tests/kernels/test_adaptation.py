@@ -28,7 +28,7 @@ from pyroebm.kernels.adaptation.covariance import (
 )
 from pyroebm.kernels.adaptation.windows import Warmup, windows
 from pyroebm.kernels.hamiltonian import jittered_steps
-from pyroebm.kernels.metric import Metric, metric_of
+from pyroebm.kernels.metric import Metric, metric_of, scaled
 from pyroebm.targets import Gaussian, scales_gaussian
 
 double = torch.float64
@@ -193,7 +193,7 @@ def test_a_coordinate_that_tells_nothing_keeps_its_scale() -> None:
     assert bool(torch.isfinite(matrix(full.metric(), 3)).all())
 
 
-def test_the_covariance_of_exact_draws_is_that_of_the_law() -> None:
+def test_the_covariance_of_exact_draws_is_that_of_the_distribution() -> None:
     n = 20_000
     x, _ = rows_of(CORRELATED, n)
     pooled = PooledCovariance.start(x[:100])
@@ -207,6 +207,40 @@ def test_the_covariance_of_exact_draws_is_that_of_the_law() -> None:
     )
 
 
+def test_covariances_between_blocks_are_zero() -> None:
+    x, _ = rows_of(CORRELATED, 2_000)
+    whole = matrix(PooledCovariance.start(x[:100]).update(x).metric(), 3)
+    for blocks in ([(0, 2)], [(2, 0), (1,)], [(0, 1, 2)], []):
+        found = matrix(PooledCovariance.start(x[:100], tuple(blocks)).update(x).metric(), 3)
+        together = torch.eye(3, dtype=torch.bool)
+        for block in blocks:
+            for i in block:
+                together[i, list(block)] = True
+        torch.testing.assert_close(found, torch.where(together, whole, 0.0))
+    with pytest.raises(ValueError, match="blocks must hold entries from 0 to 2"):
+        PooledCovariance.start(x, ((0, 3),))
+
+
+@pytest.mark.parametrize("which", MAPS)
+def test_a_scaled_metric_is_the_metric_times_a_number(which: str) -> None:
+    metric = MAPS[which]()
+    like = torch.zeros(1, 3, dtype=double)
+    found = metric_of(scaled(metric, 0.25, like), like)
+    torch.testing.assert_close(matrix(found, 3), 0.25 * matrix(metric, 3))
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "dense"])
+def test_a_fixed_step_size_that_is_too_long_is_shortened_by_the_metric(metric: Any) -> None:
+    """At unit metric no step is accepted: without the rule the chain stands still for ever."""
+    energy = Gaussian(torch.zeros(2, dtype=double), 1e-4 * torch.eye(2, dtype=double))
+    plan = WindowAdaptation(metric=metric, step_size=None)
+    start = torch.full((1, 2), 0.5, dtype=double)
+    kernel, state, _ = warmed(plan, NUTS(step_size=0.5), energy, start, 200)
+    assert kernel.step_size == 0.5
+    variances = matrix(metric_of(kernel.inverse_mass, state.x), 2).diagonal()
+    assert ((variances > 2e-5) & (variances < 5e-4)).all()
+
+
 def check_exact_recovery() -> None:
     cov = stiff()
     x, g = rows_of(cov, 200)
@@ -214,7 +248,7 @@ def check_exact_recovery() -> None:
     assert float((torch.linalg.inv(cov) @ estimate - torch.eye(20)).abs().max()) < 0.05
 
 
-def test_draws_and_gradients_of_a_normal_law_determine_its_covariance(
+def test_draws_and_gradients_of_a_normal_distribution_determine_its_covariance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """200 draws alone tell 20 variances to 10 %; with gradients the covariance is exact but for the
@@ -666,7 +700,8 @@ def test_a_window_that_tells_nothing_keeps_the_metric() -> None:
             {"step_size": 0.1},
             "step_size must be one of 'grouped', 'per_chain', 'pooled', or None, got step_size=0.1",
         ),
-        ({"rank": 0}, "rank must be at least 1, got rank=0"),
+        ({"blocks": ((0,),)}, 'blocks must hold each entry at most once, with metric="dense"'),
+        ({"metric": "dense", "blocks": ((0, 1), (1,))}, "each entry at most once"),
         (
             {"target_acceptance": 1.0},
             r"target_acceptance must be in \(0, 1\), got target_acceptance=1.0",

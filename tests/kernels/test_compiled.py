@@ -261,6 +261,22 @@ def test_what_cannot_be_compiled_says_so_and_runs_as_it_is(
             assert choose_compiled(energy, "auto", kernel, 4, 10**6) is energy
 
 
+class Infeasible(Net):
+    """An energy of which no state of finite energy is found, as with a user's own starts."""
+
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        raise ValueError("no initial state of finite energy was found")
+
+
+def test_an_energy_that_finds_no_start_is_compiled() -> None:
+    energy = Infeasible().double().requires_grad_(False)
+    view = choose_compiled(energy, True, NUTS(), 4, 10)
+    assert is_compiled(view)
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(value_and_grad(view, x), value_and_grad(energy, x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,7 +21,7 @@ from pyroebm import HMC, MALA, MCMC, NUTS, ULA, ChEES, Energy, ModelEnergy
 from pyroebm.core.compilation import Compiled
 from pyroebm.kernels import MCLMC, CompiledKernel, Gibbs, Kernel, compiling
 from pyroebm.objectives import ContrastiveDivergence, ReplayBufferCD
-from pyroebm.objectives.contrastive import advance
+from pyroebm.objectives.contrastive import run_chains
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit
 
@@ -54,7 +54,7 @@ def starts(energy: Energy, n: int = 8) -> Tensor:
 
 
 def moved(energy: Energy, kernel: Kernel[Any], k: int = 6) -> tuple[Tensor, Tensor]:
-    return advance(energy, kernel, starts(energy), k, torch.Generator().manual_seed(2))
+    return run_chains(energy, kernel, starts(energy), k, torch.Generator().manual_seed(2))
 
 
 def data() -> Tensor:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def broad(dim: int, scale: float, shift: float = 0.0) -> NICE:
-    """A normal law of that deviation as a flow."""
+    """A normal distribution of that deviation as a flow."""
     flow = NICE(dim, num_layers=0)
     with torch.no_grad():
         flow.linear.log_diagonal.fill_(torch.tensor(scale).log())

@@ -148,7 +148,8 @@ def test_the_trial_takes_the_step_size_that_the_chains_will_have(adapts: bool) -
     fixed = infer.kernels.NUTS(
         potential_fn=lambda params: params["x"].sum(), step_size=1e-6, adapt_step_size=False
     )
-    assert fixed.adaptation.step_size is None
+    energy, _ = fixed.target((), {}, {"x": torch.zeros(1, 2)})
+    assert fixed.adaptation(energy).step_size is None
 
 
 class Centered(Energy):

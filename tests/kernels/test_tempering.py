@@ -48,12 +48,16 @@ def mixture() -> GaussianMixture:
 def draws(energy: Energy, kernel: ParallelTempering, n: int, generator: torch.Generator) -> Tensor:
     """Exact draws ``(n, R)`` of a scalar variable at every temperature, by inverse CDF on a
     grid."""
-    laws = [
+    distributions = [
         TabulatedDensity(GeometricPath(energy, beta, kernel.reference), -16.0, 16.0, split=0.0)
         for beta in kernel.betas.tolist()
     ]
     return torch.stack(
-        [law.quantile(torch.rand(n, generator=generator, dtype=torch.float64)) for law in laws], 1
+        [
+            distribution.quantile(torch.rand(n, generator=generator, dtype=torch.float64))
+            for distribution in distributions
+        ],
+        1,
     )
 
 
@@ -63,8 +67,8 @@ def draws(energy: Energy, kernel: ParallelTempering, n: int, generator: torch.Ge
 def assert_unchanged(
     kernel: ParallelTempering, energy: Energy, chains: int = 60_000, steps: int = 6
 ) -> None:
-    """From exact draws at all temperatures: central moments within modes and the whole law, at
-    each, are as before."""
+    """From exact draws at all temperatures: central moments within modes and the whole
+    distribution, at each, are as before."""
     generator, rungs = torch.Generator().manual_seed(3), len(kernel.betas)
     state = state_at(kernel, energy, draws(energy, kernel, chains, generator), generator)
     generator.manual_seed(4)
@@ -173,8 +177,8 @@ def test_mutant_pairs_that_overlap_are_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def exact_rates(betas: Tensor) -> Tensor:
-    r"""On a normal law in two dimensions U is exponential with rate beta, and the mean swap
-    probability 2 b_l / (b_k + b_l)."""
+    r"""On a normal distribution in two dimensions U is exponential with rate beta, and the mean
+    swap probability 2 b_l / (b_k + b_l)."""
     return 2 * betas[1:] / (betas[:-1] + betas[1:])
 
 
@@ -206,7 +210,7 @@ def test_swap_rates_barrier_and_mean_energies_are_those_of_theory() -> None:
 
 
 def test_warm_up_finds_the_ladder_of_equal_rates_and_a_step_size_for_each() -> None:
-    """Here it is the geometric one, and the step size goes with the width of each law."""
+    """Here it is the geometric one, and the step size goes with the width of each distribution."""
     energy, generator = (
         Gaussian(torch.zeros(2, dtype=torch.float64)),
         torch.Generator().manual_seed(0),
@@ -432,8 +436,8 @@ def test_discrete_kernels_and_states_of_their_own_kind() -> None:
     "inner", [Gibbs(), GibbsWithGradients(), DMALA(1.0)], ids=lambda k: type(k).__name__
 )
 def test_the_discrete_kernels_of_the_library_inside(inner: Kernel[Any]) -> None:
-    """Two wells of an Ising ring that one chain leaves once in thousands of sweeps: its law by all
-    states."""
+    """Two wells of an Ising ring that one chain leaves once in thousands of sweeps: its
+    distribution by all states."""
     energy = Ising((6,), coupling=1.5, field=0.02)
     states = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6)
     # single states between the wells are too rare to be counted

@@ -369,6 +369,7 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(
 
     whole = short()
     whole.run(Stops())
+    monkeypatch.setattr(driver, "CHECKPOINT_EVERY", 0.0)
     replace = os.replace
     for broken_at in (2, 5, 6, 10, 13):
         folder, calls = tmp_path / str(broken_at), 0
@@ -382,7 +383,7 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(
 
         monkeypatch.setattr(os, "replace", dies)
         with pytest.raises(OSError, match="went down"):
-            short().run(Stops(), store=folder, checkpoint_every=0)
+            short().run(Stops(), store=folder)
         monkeypatch.setattr(os, "replace", replace)
         again = short()
         if broken_at == 2:  # before the last block's first state was there
@@ -420,7 +421,8 @@ KILLED = """
     # a clock that is looked at once in every turn of the blocks
     sampler.time.monotonic = itertools.count().__next__
     energy = Stops(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    driven(NUTS(), 4).run(energy, store=sys.argv[1], checkpoint_every=4)
+    sampler.CHECKPOINT_EVERY = 4
+    driven(NUTS(), 4).run(energy, store=sys.argv[1])
 """
 RANK = """
     import sys

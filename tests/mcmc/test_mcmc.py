@@ -13,7 +13,7 @@ from lib.checks import within_se
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering
+from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering, infer
 from pyroebm.core.statistics import arviz, bfmi, ess_bulk, mcse_mean, r_hat
 from pyroebm.diagnostics import Diagnosis, diagnose, mode_masses, to_arviz
 from pyroebm.kernels import WindowAdaptation
@@ -313,6 +313,10 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: MCMC(infer.NUTS(lambda: None), 5),  # type: ignore[arg-type]
+            r"got pyroebm.infer.NUTS, .* import both from one place, pyroebm.infer.MCMC with",
+        ),
         (lambda: MCMC(NUTS, 5), r"write NUTS\(\) in place of NUTS"),
         (lambda: MCMC(NUTS(DoubleWell()), 5), r"NUTS: step_size must be .* MCMC\(NUTS\(\)\)"),
         (lambda: MCMC(NUTS(), 5).run(lambda: None), r"a Pyro model with pyroebm.ModelEnergy"),
@@ -336,7 +340,7 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
         (lambda: MCMC(NUTS(), True), "num_samples must be an integer"),
         (
             lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), [0.0, 1.0]),
-            "initial must hold one state .* got shape list",
+            "initial must be a tensor or a NumPy array, got list: convert it by",
         ),
         (
             lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), torch.tensor(0.0)),
@@ -418,10 +422,10 @@ def test_summary_and_pyro_style_diagnostics() -> None:
     table = mcmc.summary()
     assert list(table.index) == ["x[0]", "x[1]"]
     assert float(table["r_hat"].max()) < 1.05
-    facts = mcmc.diagnostics()
-    assert facts["x"]["n_eff"].shape == (2,)
-    assert set(facts["divergences"]) == {f"chain {c}" for c in range(4)}
-    assert all(0.5 < rate <= 1 for rate in facts["acceptance rate"].values())
+    summary = mcmc.diagnostics()
+    assert summary["x"]["n_eff"].shape == (2,)
+    assert set(summary["divergences"]) == {f"chain {c}" for c in range(4)}
+    assert all(0.5 < rate <= 1 for rate in summary["acceptance rate"].values())
 
 
 # Diagnostics

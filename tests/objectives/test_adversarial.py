@@ -453,7 +453,7 @@ def test_the_redundant_bound_is_j_r() -> None:
 
 
 class Learned(Energy):
-    """A normal law with mean and log precision to be learned."""
+    """A normal distribution with mean and log precision to be learned."""
 
     def __init__(self) -> None:
         super().__init__((2,))
@@ -548,11 +548,11 @@ def check_batch_norm_entropy(entropy: Callable[[nn.Module], Tensor]) -> None:
         last.copy_(torch.tensor([0.5, -1.5, 2.0]))
         rows = layers(standard_normal((4000, 3), seeded(0), F64, CPU))
     torch.testing.assert_close(rows.std(0, correction=0), last.detach().abs())
-    law = torch.distributions.Independent(
+    distribution = torch.distributions.Independent(
         torch.distributions.Normal(rows.mean(0), rows.std(0, correction=0)), 1
     )
     found = entropy(layers)
-    torch.testing.assert_close(found - entropy(layers[0]), law.entropy())
+    torch.testing.assert_close(found - entropy(layers[0]), distribution.entropy())
     torch.testing.assert_close(
         grads(found, [first, last]), [1.0 / first.detach(), 1.0 / last.detach()]
     )
@@ -589,7 +589,7 @@ def test_deep_directed_is_exact_for_one_normal_layer() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The latent-variable generator, against a linear one, whose law is normal
+# The latent-variable generator, against a linear one, whose distribution is normal
 
 
 def linear(sigma: float = 0.4) -> Generator:
@@ -600,7 +600,7 @@ def linear(sigma: float = 0.4) -> Generator:
     return Generator(net, 2, (3,), sigma=sigma)
 
 
-def law_of(model: Generator) -> torch.distributions.MultivariateNormal:
+def distribution_of(model: Generator) -> torch.distributions.MultivariateNormal:
     a, b = model.net.weight, model.net.bias
     cov = a @ a.mT + model.sigma**2 * torch.eye(3, dtype=F64)
     return torch.distributions.MultivariateNormal(b, covariance_matrix=cov)  # type: ignore[arg-type]
@@ -609,7 +609,7 @@ def law_of(model: Generator) -> torch.distributions.MultivariateNormal:
 LOG_ETA = torch.tensor(0.7, dtype=F64).log()
 
 
-def test_the_latent_score_is_that_of_the_normal_law() -> None:
+def test_the_latent_score_is_that_of_the_normal_distribution() -> None:
     """The mean over many proposals at each of a few points; the unnormalised weights have the mean
     q(x)."""
     model = linear()
@@ -618,17 +618,17 @@ def test_the_latent_score_is_that_of_the_normal_law() -> None:
     k = 2000
     z = model.sample_latent(rows, seeded(1))
     x = model.emit(z, seeded(2)).detach()
-    law = law_of(model)
-    exact = -(x - law.mean) @ law.precision_matrix
+    distribution = distribution_of(model)
+    exact = -(x - distribution.mean) @ distribution.precision_matrix
     many_x, many_z = x.repeat_interleave(copies, 0), z.repeat_interleave(copies, 0)
     found = latent_score(model, many_x, many_z, LOG_ETA, k, seeded(3))
     mean, se = mean_and_se(found.score.reshape(rows, copies, 3), axis=1)
     within_se(mean, exact, se, what="the score")
     few = latent_score(model, many_x, many_z, LOG_ETA, 5, seeded(4))
-    ratio = (few.log_q.reshape(rows, copies) - law.log_prob(x).unsqueeze(1)).exp()
+    ratio = (few.log_q.reshape(rows, copies) - distribution.log_prob(x).unsqueeze(1)).exp()
     mean, se = mean_and_se(ratio, axis=1)
     within_se(mean, torch.ones(rows, dtype=F64), se, what="the weights")
-    assert bool((few.log_q.reshape(rows, copies).mean(1) < law.log_prob(x)).all())
+    assert bool((few.log_q.reshape(rows, copies).mean(1) < distribution.log_prob(x)).all())
     assert bool(((few.effective >= 1.0) & (few.effective <= 5.0)).all())
 
 
@@ -636,8 +636,8 @@ def test_the_error_of_the_latent_score_falls_as_1_over_k() -> None:
     model = linear()
     z = model.sample_latent(3000, seeded(1))
     x = model.emit(z, seeded(2)).detach()
-    law = law_of(model)
-    exact = -(x - law.mean) @ law.precision_matrix
+    distribution = distribution_of(model)
+    exact = -(x - distribution.mean) @ distribution.precision_matrix
     errors = [
         float(
             (latent_score(model, x, z, LOG_ETA, k, seeded(k)).score - exact)
@@ -665,11 +665,15 @@ def test_a_row_of_the_latent_score_is_its_own() -> None:
 
 
 def exact_free_energy(model: Generator, precision: Tensor) -> Tensor:
-    """E_q[x'Px / 2] - H(q) of the normal law."""
-    law = law_of(model)
+    """E_q[x'Px / 2] - H(q) of the normal distribution."""
+    distribution = distribution_of(model)
     return (
-        0.5 * ((precision * law.covariance_matrix).sum() + law.mean @ precision @ law.mean)
-        - law.entropy()
+        0.5
+        * (
+            (precision * distribution.covariance_matrix).sum()
+            + distribution.mean @ precision @ distribution.mean
+        )
+        - distribution.entropy()
     )
 
 
@@ -717,8 +721,8 @@ def test_the_width_of_proposals_is_trained() -> None:
     model = linear()
     z = model.sample_latent(4000, seeded(1))
     x = model.emit(z, seeded(2)).detach()
-    law = law_of(model)
-    exact = -(x - law.mean) @ law.precision_matrix
+    distribution = distribution_of(model)
+    exact = -(x - distribution.mean) @ distribution.precision_matrix
     elbo = -0.5 * torch.log1p(model.net.weight.detach().square().sum(0) / 0.4**2)  # type: ignore[operator]
     trained, narrow = (
         latent_score(model, x, z, w, 20, seeded(3)) for w in (objective.log_eta.detach(), elbo)

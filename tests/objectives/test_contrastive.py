@@ -212,8 +212,8 @@ def check_identity_keeps_chains(objective: ReplayBufferCD) -> None:
 
 
 def check_swaps(ladder: TemperatureLadder) -> None:
-    """Pairs drawn exactly, each at its own temperature, keep their laws under swaps: counts of two
-    states."""
+    """Pairs drawn exactly, each at its own temperature, keep their distributions under swaps:
+    counts of two states."""
     energies = torch.tensor([0.0, 2.0], dtype=F64)
     n, noise = 200_000, seeded(5)
     ladder.num_chains = n
@@ -529,8 +529,8 @@ def test_pseudolikelihood_of_the_oracle() -> None:
 
 
 def enumerated_pseudolikelihood(energy: Energy, data: Tensor, every: Tensor, width: int) -> Tensor:
-    """Conditionals as ratios of sums of the enumerated joint law: neighbours of a row are found by
-    comparing whole states."""
+    """Conditionals as ratios of sums of the enumerated joint distribution: neighbours of a row are
+    found by comparing whole states."""
     p = torch.softmax(-energy(every), 0)
     flat, total = every.flatten(1), torch.zeros((), dtype=F64)
     for row in data.flatten(1):
@@ -597,7 +597,8 @@ def test_mean_field_is_near_for_small_weights(make: Callable[[], LayeredMachine]
 
 
 def test_mean_field_is_stationary() -> None:
-    """The bound on log Z is the largest over all factorised laws near the one that was found."""
+    """The bound on log Z is the largest over all factorised distributions near the one that was
+    found."""
     rbm = oracle_rbm()
     bound = float(MeanFieldLikelihood()(rbm, DATA)[1]["log_z_bound"])
     h = states([0.0, 1.0], 3)

@@ -1,5 +1,5 @@
-"""Objectives of one-site neighbours against enumerated laws: gradients, optima, errors beside
-maximum likelihood; mutants."""
+"""Objectives of one-site neighbours against enumerated distributions: gradients, optima, errors
+beside maximum likelihood; mutants."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ MODELS: dict[str, tuple[Energy, Tensor, int]] = {
 }
 
 
-def law(energy: Energy, states: Tensor) -> Tensor:
+def distribution(energy: Energy, states: Tensor) -> Tensor:
     return torch.softmax(-energy(states), 0).detach()
 
 
 def expected(objective: Objective, energy: Energy, states: Tensor, p: Tensor) -> Tensor:
-    """The loss under a law of all states, row by row."""
+    """The loss under a distribution of all states, row by row."""
     return torch.stack([objective(energy, x[None])[0] for x in states]) @ p
 
 
@@ -152,18 +152,18 @@ def check_gradient(objective: Objective, model: str) -> None:
 
 
 def check_stationary(objective: Objective, model: str) -> None:
-    """Under the law of the energy itself the gradient is zero."""
+    """Under the distribution of the energy itself the gradient is zero."""
     energy, states, _ = MODELS[model]
-    loss = expected(objective, energy, states, law(energy, states))
+    loss = expected(objective, energy, states, distribution(energy, states))
     off = float(flat_grad(energy, loss).norm())
     if off > 1e-12:
-        raise AssertionError(f"under its own law the gradient is {off}")
+        raise AssertionError(f"under its own distribution the gradient is {off}")
 
 
 def check_optimum(objective: Objective, model: str) -> None:
-    """From zero the minimum of the expected loss is where the data's law comes from."""
+    """From zero the minimum of the expected loss is where the data's distribution comes from."""
     truth, states, _ = MODELS[model]
-    p, energy = law(truth, states), Pairs(truth.event_shape, truth.support, scale=0.0)
+    p, energy = distribution(truth, states), Pairs(truth.event_shape, truth.support, scale=0.0)
     optimizer = torch.optim.LBFGS(
         energy.parameters(), max_iter=300, tolerance_grad=1e-11, line_search_fn="strong_wolfe"
     )
@@ -175,9 +175,9 @@ def check_optimum(objective: Objective, model: str) -> None:
         return loss
 
     optimizer.step(closure)
-    divergence = float(p @ (p.log() - law(energy, states).log()))
+    divergence = float(p @ (p.log() - distribution(energy, states).log()))
     if not abs(divergence) < 1e-8:
-        raise AssertionError(f"the fit is {divergence} nats from the law of the data")
+        raise AssertionError(f"the fit is {divergence} nats from the distribution of the data")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -208,7 +208,7 @@ def test_the_optimum_is_the_truth(name: str, model: str) -> None:
 def test_ratio_matching_as_published() -> None:
     """Of two values: one over one plus the ratio of probabilities, squared."""
     energy, states, _ = MODELS["bits"]
-    x, p = states[6], law(energy, states)
+    x, p = states[6], distribution(energy, states)
     terms = []
     for site in range(4):
         flipped = x.clone()
@@ -271,13 +271,13 @@ def test_rows_do_not_meet(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_training_by_fit(name: str) -> None:
     truth, states, _ = MODELS["bits"]
-    p = law(truth, states)
+    p = distribution(truth, states)
     data = states[torch.multinomial(p, 500, replacement=True, generator=seeded(2))]
     energy = Pairs((4,), constraints.boolean, scale=0.0)
-    before = float(p @ (p.log() - law(energy, states).log()))
+    before = float(p @ (p.log() - distribution(energy, states).log()))
     objective = OBJECTIVES[name][0]()
     fit(energy, objective, data, num_steps=150, batch_size=100, lr=0.03, progress=False)
-    assert float(p @ (p.log() - law(energy, states).log())) < 0.2 * before
+    assert float(p @ (p.log() - distribution(energy, states).log())) < 0.2 * before
 
 
 def newton(
@@ -286,7 +286,8 @@ def newton(
     shares: Tensor,
     steps: int = 8,
 ) -> Tensor:
-    """Minima for many empirical laws ``(R, states)`` at once, from the energy's own parameters."""
+    """Minima for many empirical distributions ``(R, states)`` at once, from the energy's own
+    parameters."""
     start = torch.cat([p.detach().flatten() for p in energy.parameters()])
 
     def at(theta: Tensor, share: Tensor) -> Tensor:
@@ -311,7 +312,7 @@ def test_errors_beside_maximum_likelihood() -> None:
     """Replicated fits to 2,000 draws of three spins: all are centered on the truth, and none beats
     maximum likelihood, whose covariance is the inverse Fisher information."""
     truth, states = Pairs((3,), spin), every_state([-1.0, 1.0], (3,))
-    p = law(truth, states)
+    p = distribution(truth, states)
     n = 2000
     fits = 400
     draws = torch.multinomial(p.expand(fits, -1), n, replacement=True, generator=seeded(0))
@@ -360,7 +361,7 @@ def test_a_machine_near_its_maximum_likelihood() -> None:
     weight = randn(5, 5, seed=8).triu(1)
     machine = BoltzmannMachine(5, weight=weight + weight.mT, bias=0.3 * randn(5, seed=9), dtype=F64)
     states = all_bits(5, dtype=F64)
-    p = law(machine, states)
+    p = distribution(machine, states)
     data = states[torch.multinomial(p, 4000, replacement=True, generator=seeded(1))]
     rows, counts = data.unique(dim=0, return_counts=True)
     divergences = {}
@@ -382,7 +383,7 @@ def test_a_machine_near_its_maximum_likelihood() -> None:
             return loss
 
         optimizer.step(closure)
-        divergences[name] = float(p @ (p.log() - law(fitted, states).log()))
+        divergences[name] = float(p @ (p.log() - distribution(fitted, states).log()))
     # 15 parameters: twice n times the divergence of maximum likelihood is chi-squared
     typical = 15 / (2 * len(data))
     assert divergences["likelihood"] < typical * (1 + 5 * math.sqrt(2 / 15)), divergences
@@ -478,5 +479,5 @@ def test_a_detached_neighbour_is_caught() -> None:
 
     with pytest.raises(AssertionError):
         check_gradient(Detached(), "bits")
-    with pytest.raises(AssertionError, match="under its own law"):
+    with pytest.raises(AssertionError, match="under its own distribution"):
         check_stationary(Detached(), "bits")

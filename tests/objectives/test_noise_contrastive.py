@@ -1,5 +1,5 @@
-"""Noise-contrastive objectives against asymptotic variances, quadrature and enumerated laws; a flow
-that learns; mutants."""
+"""Noise-contrastive objectives against asymptotic variances, quadrature and enumerated
+distributions; a flow that learns; mutants."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
 
 
 class Bell(Energy):
-    """A normal law of any event shape, with mean and precision to be learned."""
+    """A normal distribution of any event shape, with mean and precision to be learned."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Scale(Energy):
 
 
 class Table(Energy):
-    """Any law on 0, ..., K - 1: a free energy for each but the first, which is 0."""
+    """Any distribution on 0, ..., K - 1: a free energy for each but the first, which is 0."""
 
     def __init__(self, energies: Tensor) -> None:
         super().__init__((), constraints.integer_interval(0, len(energies)))
@@ -310,8 +310,8 @@ def check_gradient(make: Callable[..., NoiseContrastive], nu: float, repeats: in
 
 
 def check_finite_space(make: Callable[..., NoiseContrastive], nu: float) -> None:
-    """Laws of data and noise in exact proportion: the minimum is at E = -log p + const and c = log
-    Z."""
+    """Distributions of data and noise in exact proportion: the minimum is at E = -log p + const and
+    c = log Z."""
     counts, q = torch.tensor([1, 4, 2, 9]), torch.tensor([0.125, 0.25, 0.5, 0.125], dtype=F64)
     batch = torch.arange(4, dtype=F64).repeat_interleave(counts)
     energy, objective = (
@@ -344,7 +344,7 @@ def minimise(energy: nn.Module, objective: nn.Module, batch: Tensor) -> None:
 
 
 def check_stationary(objective: Objective, repeats: int = 300) -> None:
-    """At the truth the expected gradient is zero, with noise that is another law than the
+    """At the truth the expected gradient is zero, with noise that is another distribution than the
     data's."""
     energy = Bell((), 0.4, 1.6)
     noise = seeded(6)
@@ -474,11 +474,11 @@ def test_metrics_of_a_classifier_that_cannot_tell() -> None:
 def test_an_energy_that_knows_itself_is_noise() -> None:
     target = GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], dtype=F64)
     shifted = Gaussian(torch.ones(2, dtype=F64), scale=2.0)
-    for law in (target, shifted):
-        x, log_q = Noise(law).draw(50, Bell((2,)), seeded(0))
-        assert law.log_z is not None
-        torch.testing.assert_close(log_q, -law(x) - law.log_z)
-        torch.testing.assert_close(Noise(law).log_prob(x, Bell((2,))), log_q)
+    for distribution in (target, shifted):
+        x, log_q = Noise(distribution).draw(50, Bell((2,)), seeded(0))
+        assert distribution.log_z is not None
+        torch.testing.assert_close(log_q, -distribution(x) - distribution.log_z)
+        torch.testing.assert_close(Noise(distribution).log_prob(x, Bell((2,))), log_q)
 
 
 def test_a_flow_is_noise_with_its_density() -> None:
@@ -685,15 +685,17 @@ def test_gaussian_noise_has_the_moments_of_data(shape: tuple[int, ...]) -> None:
         if shape
         else 1.0 + randn(500)
     )
-    law = gaussian_noise(data, scale=2.0)
-    assert law.event_shape == shape
-    assert law.batch_shape == ()
+    distribution = gaussian_noise(data, scale=2.0)
+    assert distribution.event_shape == shape
+    assert distribution.batch_shape == ()
     reference = torch.distributions.MultivariateNormal(
         data.reshape(500, -1).mean(0),
         4.0 * torch.cov(data.reshape(500, -1).mT, correction=0).reshape(2 * [math.prod(shape)]),
     )
-    torch.testing.assert_close(law.log_prob(data), reference.log_prob(data.reshape(500, -1)))
-    assert Noise(law).draw(3, Bell(shape))[0].shape == (3, *shape)
+    torch.testing.assert_close(
+        distribution.log_prob(data), reference.log_prob(data.reshape(500, -1))
+    )
+    assert Noise(distribution).draw(3, Bell(shape))[0].shape == (3, *shape)
 
 
 class Positive(Bell):

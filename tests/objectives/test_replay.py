@@ -26,7 +26,7 @@ from pyroebm.objectives import (
     langevin,
 )
 from pyroebm.objectives import improved as improved_module
-from pyroebm.objectives.contrastive import advance
+from pyroebm.objectives.contrastive import run_chains
 from pyroebm.objectives.improved import langevin_step, nearest_neighbor_entropy
 from pyroebm.training import fit
 
@@ -46,7 +46,7 @@ class Quartic(Energy):
 
 
 class Bowl(Energy):
-    """A normal law with mean and log precision to be learned."""
+    """A normal distribution with mean and log precision to be learned."""
 
     def __init__(self) -> None:
         super().__init__((2,))
@@ -64,14 +64,14 @@ def of_shape(shape: tuple[int, ...], dtype: torch.dtype = F64) -> Energy:
 
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
-    "cd": lambda: ContrastiveDivergence(3, MALA(0.3), energy_penalty=0.1),
+    "cd": lambda: ContrastiveDivergence(3, MALA(0.3)),
     "pcd": lambda: ReplayBufferCD(8, 2, MALA(0.3)),
     "replay": lambda: ReplayBufferCD(
         8, 2, ULA(0.3), buffer_size=30, restart=0.3, energy_penalty=0.1
     ),
     "hmc": lambda: ReplayBufferCD(8, 2, HMC(0.2, num_steps=2), buffer_size=20),
-    "short run": lambda: ShortRun(5, langevin(0.02, 0.05), num_chains=7),
-    "improved": lambda: ImprovedCD(8, 4, ULA(0.3), through=2, buffer_size=30, restart=0.1),
+    "short run": lambda: ShortRun(5, langevin(0.02, 0.05)),
+    "improved": lambda: ImprovedCD(8, 4, ULA(0.3), buffer_size=30, restart=0.1),
 }
 SHAPES = [(), (3,), (1, 4, 4)]
 
@@ -142,7 +142,7 @@ def test_sampling_is_in_eval_mode() -> None:
             return super().forward(x)
 
     energy = Watched()
-    for objective in (ReplayBufferCD(4, 2, ULA(0.1)), ShortRun(2, ULA(0.1), num_chains=4)):
+    for objective in (ReplayBufferCD(4, 2, ULA(0.1)), ShortRun(2, ULA(0.1))):
         seen.clear()
         objective(energy, torch.zeros(3, dtype=F64), generator=seeded(0))
         assert seen[-2:] == [(True, True), (True, True)], "data and model"
@@ -249,15 +249,15 @@ def test_mutants_of_the_buffer_are_caught(mutant: Any) -> None:
 
 
 def check_restarts(objective: Callable[..., ReplayBufferCD]) -> None:
-    """With still chains and a law of starts that counts them, a share of rows is new at each
-    batch."""
+    """With still chains and a distribution of starts that counts them, a share of rows is new at
+    each batch."""
     drawn: list[int] = []
 
-    def law(n: int, _: Any) -> Tensor:
+    def distribution(n: int, _: Any) -> Tensor:
         drawn.append(n)
         return torch.full((n, 2), float(len(drawn)), dtype=F64)
 
-    still = objective(50, 1, Still(0.1), buffer_size=80, restart=0.2, initial=law)
+    still = objective(50, 1, Still(0.1), buffer_size=80, restart=0.2, initial=distribution)
     noise = seeded(3)
     for _ in range(200):
         still(Bowl(), torch.zeros(3, 2, dtype=F64), generator=noise)
@@ -268,7 +268,7 @@ def check_restarts(objective: Callable[..., ReplayBufferCD]) -> None:
     assert still.chains.unique().numel() > 5, "old chains stay"
 
 
-def test_restarts_have_their_share_and_law() -> None:
+def test_restarts_have_their_share_and_distribution() -> None:
     check_restarts(ReplayBufferCD)
     with pytest.raises(AssertionError, match="share of new chains"):
         check_restarts(
@@ -277,16 +277,16 @@ def test_restarts_have_their_share_and_law() -> None:
 
 
 @pytest.mark.parametrize(
-    "law",
+    "distribution",
     [
         Uniform(torch.tensor([2.0, 2.0]), torch.tensor([3.0, 3.0])),
         lambda n, g: torch.full((n, 2), 2.5, dtype=F64),
     ],
 )
-def test_starts_from_a_stated_law(law: Any) -> None:
+def test_starts_from_a_stated_distribution(distribution: Any) -> None:
     for objective in (
-        ReplayBufferCD(20, 1, Still(0.1), initial=law),
-        ShortRun(1, Still(0.1), num_chains=20, initial=law),
+        ReplayBufferCD(20, 1, Still(0.1), initial=distribution),
+        ShortRun(1, Still(0.1), initial=distribution),
     ):
         _, metrics = objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=seeded(0))
         low, high = (Bowl()(torch.full((1, 2), value, dtype=F64)).item() for value in (2.0, 3.0))
@@ -294,7 +294,7 @@ def test_starts_from_a_stated_law(law: Any) -> None:
 
 
 def frozen_gradient(make: Callable[[], Objective], burn: int, steps: int) -> None:
-    """With the energy frozen, the mean gradient is the exact one of a normal law."""
+    """With the energy frozen, the mean gradient is the exact one of a normal distribution."""
     energy, data = Bowl(), torch.randn(6, 2, dtype=F64, generator=seeded(2))
     with torch.no_grad():
         x = data - energy.mean
@@ -335,15 +335,15 @@ def test_replayed_chains_of_a_frozen_energy_are_exact() -> None:
 
 
 def test_a_short_run_is_its_closed_form() -> None:
-    """k steps of ULA on a normal law from a point: mean and variance by recursion, at a temperature
-    of its own."""
+    """k steps of ULA on a normal distribution from a point: mean and variance by recursion, at a
+    temperature of its own."""
     energy = Bowl()
     eps = 0.5
     temperature = 0.3
     k = 6
     n = 20_000
     kernel = ULA(eps, temperature=temperature)
-    objective = ShortRun(k, kernel, num_chains=n, initial=lambda m, _: torch.zeros(m, 2, dtype=F64))
+    objective = ShortRun(k, kernel, initial=lambda m, _: torch.zeros(m, 2, dtype=F64))
     x = objective.sample(energy, n, seeded(0))
     with torch.no_grad():
         keep = 1.0 - 0.5 * eps**2 * energy.log_precision.exp()
@@ -360,7 +360,7 @@ def test_a_short_run_is_its_closed_form() -> None:
 def test_the_field_s_numbers_as_a_kernel() -> None:
     """One step of drift a and noise b is x - a grad E(x) + b n."""
     energy, x = Bowl(), torch.randn(5, 2, dtype=F64, generator=seeded(0))
-    moved, _ = advance(energy, langevin(0.7, 0.03), x, 1, seeded(1))
+    moved, _ = run_chains(energy, langevin(0.7, 0.03), x, 1, seeded(1))
     n = torch.randn(5, 2, dtype=F64, generator=seeded(1))
     slope = energy.log_precision.exp() * (x - energy.mean)
     torch.testing.assert_close(moved, (x - 0.7 * slope + 0.03 * n).detach())
@@ -371,25 +371,17 @@ def test_the_field_s_numbers_as_a_kernel() -> None:
 # Penalty
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda a: ContrastiveDivergence(2, ULA(0.2), energy_penalty=a),
-        lambda a: ReplayBufferCD(9, 2, ULA(0.2), energy_penalty=a),
-    ],
-)
-def test_the_penalty_is_the_written_one(make: Callable[[float], Objective]) -> None:
+def test_the_penalty_is_the_written_one() -> None:
+    def make(penalty: float) -> ReplayBufferCD:
+        return ReplayBufferCD(9, 2, ULA(0.2), energy_penalty=penalty)
+
     energy, batch = of_shape((2,)), torch.randn(5, 2, dtype=F64, generator=seeded(2))
     plain, metrics = make(0.0)(energy, batch, generator=seeded(3))
     penalised, more = make(0.3)(energy, batch, generator=seeded(3))
     torch.testing.assert_close(penalised - plain, more["energy_penalty"])
     assert torch.equal(more["energy_gap"], metrics["energy_gap"])
-    start = (
-        batch
-        if isinstance(make(0.0), ContrastiveDivergence)
-        else energy.initial(9, noise := seeded(3))
-    )
-    end, _ = advance(energy, ULA(0.2), start, 2, seeded(3) if start is batch else noise)
+    start = energy.initial(9, noise := seeded(3))
+    end, _ = run_chains(energy, ULA(0.2), start, 2, noise)
     written = 0.3 * (energy(batch).square().mean() + energy(end).square().mean())
     torch.testing.assert_close(more["energy_penalty"], written.detach())
     (slope,) = torch.autograd.grad(penalised - plain, energy.net[-1].bias)
@@ -429,7 +421,7 @@ def quadrature_terms(
 
 
 def improved_gradients(
-    make: Callable[[int], ImprovedCD], points: Tensor, copies: int, repeats: int
+    make: Callable[[int], ReplayBufferCD], points: Tensor, copies: int, repeats: int
 ) -> Tensor:
     energy = Quartic()
     data = torch.tensor([0.5, -1.0], dtype=F64)
@@ -446,49 +438,52 @@ def improved_gradients(
 POINTS = torch.tensor([1.5, -0.5, 0.3, -2.0], dtype=F64)
 
 
-def check_through(make: Callable[..., ImprovedCD] = ImprovedCD) -> None:
-    """The gradient through the sampler alone: the difference of weights 1 and 0 on the same
+@pytest.fixture
+def no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the mean energy of q alone in the term through the sampler."""
+    monkeypatch.setattr(improved_module, "nearest_neighbor_entropy", lambda x: x.new_zeros(()))
+
+
+def check_through() -> None:
+    """The gradient through the sampler alone: the difference from ReplayBufferCD on the same
     noise."""
     truth, _, _ = quadrature_terms(POINTS, 0.6, 0.5)
     kernel = ULA(0.6, temperature=0.5)
     with_it, without = (
-        improved_gradients(
-            lambda n, w=w: make(n, 1, kernel, kl_weight=w, entropy_weight=0.0), POINTS, 200, 60
-        )
-        for w in (1.0, 0.0)
+        improved_gradients(lambda n, make=make: make(n, 1, kernel), POINTS, 200, 60)
+        for make in (ImprovedCD, ReplayBufferCD)
     )
     mean, se = mean_and_se(with_it - without)
     within_se(mean, truth, se, what="the term through the sampler")
 
 
-def test_the_dropped_term_is_that_of_quadrature() -> None:
+def test_the_dropped_term_is_that_of_quadrature(no_entropy: None) -> None:
     check_through()
 
 
-def test_minus_one_is_the_exact_gradient_of_the_difference() -> None:
+def test_with_the_opposite_sign_it_is_the_exact_gradient_of_the_difference(
+    no_entropy: None,
+) -> None:
     """From one point the entropy of q does not depend on the parameters, and nothing is left out:
     KL(p_D || p) - KL(q || p)."""
     point, kernel = POINTS[:1], ULA(0.6)
     _, entropy, truth = quadrature_terms(point, 0.6, 1.0)
     torch.testing.assert_close(entropy, torch.zeros(3, dtype=F64), atol=1e-9, rtol=0)
-    draws = improved_gradients(
-        lambda n: ImprovedCD(n, 1, kernel, kl_weight=-1.0, entropy_weight=0.0), point, 800, 60
+    with_it, without = (
+        improved_gradients(lambda n, make=make: make(n, 1, kernel), point, 800, 60)
+        for make in (ImprovedCD, ReplayBufferCD)
     )
-    mean, se = mean_and_se(draws)
+    mean, se = mean_and_se(without - (with_it - without))
     within_se(mean, truth, se, what="the gradient of the difference")
-    for weight in (0.0, 1.0):
-        other = improved_gradients(
-            lambda n, w=weight: ImprovedCD(n, 1, kernel, kl_weight=w, entropy_weight=0.0),
-            point,
-            800,
-            60,
-        )
+    for other in (without, with_it):
         assert float((other.mean(0) - truth).norm()) > 20.0 * float(torch.from_numpy(se).norm())
 
 
-def test_the_entropy_s_gradient_is_that_of_a_normal_law() -> None:
-    """Chains drawn from N(0, s^2) and one step on a normal law: q is normal with a variance that
-    the precision sets."""
+def test_the_entropy_s_gradient_is_that_of_a_normal_distribution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chains drawn from N(0, s^2) and one step on a normal distribution: q is normal with a
+    variance that the precision sets."""
     eps = 0.8
     spread = 2.0
     precision = torch.tensor([0.5, 1.0, 1.5, 0.8], dtype=F64)
@@ -504,8 +499,9 @@ def test_the_entropy_s_gradient_is_that_of_a_normal_law() -> None:
     energy, draws = Precise(), []
     for number in range(60):
         terms = []
-        for weight in (1.0, 0.0):
-            objective = ImprovedCD(500, 1, ULA(eps), entropy_weight=weight)
+        for entropy in (nearest_neighbor_entropy, lambda x: x.new_zeros(())):
+            monkeypatch.setattr(improved_module, "nearest_neighbor_entropy", entropy)
+            objective = ImprovedCD(500, 1, ULA(eps))
             objective.chains = spread * torch.randn(500, 4, dtype=F64, generator=seeded(number))
             loss, _ = objective(
                 energy, torch.zeros(3, 4, dtype=F64), generator=seeded(1000 + number)
@@ -542,7 +538,7 @@ def test_a_step_with_a_graph_is_the_kernel_s() -> None:
     kernel = ULA(0.4, temperature=0.7)
     ours, theirs = (
         langevin_step(energy, x, kernel, seeded(1)),
-        advance(energy, kernel, x, 1, seeded(1))[0],
+        run_chains(energy, kernel, x, 1, seeded(1))[0],
     )
     torch.testing.assert_close(ours.detach(), theirs)
 
@@ -558,14 +554,16 @@ def half(energy: Energy, x: Tensor, kernel: ULA, noise: Any) -> Tensor:
 
 @pytest.mark.parametrize("mutant", [detached, half])
 def test_mutants_of_the_dropped_term_are_caught(
-    mutant: Any, monkeypatch: pytest.MonkeyPatch
+    mutant: Any, no_entropy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(improved_module, "langevin_step", mutant)
     with pytest.raises(AssertionError):
         check_through()
 
 
-def test_an_energy_that_is_not_frozen_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_energy_that_is_not_frozen_is_caught(
+    no_entropy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import contextlib
 
     monkeypatch.setattr(improved_module, "frozen", lambda energy: contextlib.nullcontext())
@@ -616,17 +614,12 @@ def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
         (lambda: ReplayBufferCD(10, buffer_size=9), "buffer_size must be"),
         (lambda: ReplayBufferCD(10, restart=1.5), "restart must be"),
         (lambda: ReplayBufferCD(10, energy_penalty=-1.0), "energy_penalty must be"),
-        (lambda: ContrastiveDivergence(energy_penalty=math.inf), "energy_penalty must be"),
-        (
-            lambda: ContrastiveDivergence(energy_penalty=1.0)(BernoulliRBM(2, 2), torch.ones(3, 2)),
-            "give kernel for BernoulliRBM",
-        ),
+        (lambda: ReplayBufferCD(10, energy_penalty=math.inf), "energy_penalty must be"),
         (
             lambda: ReplayBufferCD(buffer_size=200)(BernoulliRBM(2, 2), torch.ones(3, 2)),
             "kernel must not be None for the layered machine BernoulliRBM",
         ),
         (lambda: ShortRun(0), "k must be"),
-        (lambda: ShortRun(num_chains=0), "num_chains must be"),
         (
             lambda: ShortRun(initial=lambda n, _: torch.zeros(n, 3))(
                 Bowl(), torch.zeros(3, 2, dtype=F64)
@@ -640,11 +633,9 @@ def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
             "initial must give 3",
         ),
         (lambda: langevin(0.0, 1.0), "drift and noise"),
-        (lambda: ImprovedCD(k=2, through=3), "through must be"),
         (lambda: ImprovedCD(kernel=MALA(0.1)), "must be a ULA"),  # type: ignore[arg-type]
         (lambda: ImprovedCD(kernel=ULA(0.1, torch.ones(2))), "must be a ULA"),
         (lambda: ImprovedCD(1), "num_chains must be at least 2"),
-        (lambda: ImprovedCD(kl_weight=math.nan), "must be finite, got kl_weight=nan"),
         (lambda: ImprovedCD()(BernoulliRBM(2, 2), torch.ones(3, 2)), "must have real support"),
         (lambda: ShortRun(kernel=Gibbs()).sample(Bowl(), 3), "discrete supports"),
     ],

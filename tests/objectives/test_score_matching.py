@@ -47,8 +47,8 @@ POINTS = DEVIATIONS @ torch.linalg.cholesky(S).mT  # four points of mean 0 and c
 
 
 class Quadratic(Energy):
-    """A normal law with its precision to be learned, and a constant that score matching cannot
-    see."""
+    """A normal distribution with its precision to be learned, and a constant that score matching
+    cannot see."""
 
     def __init__(self, precision: Tensor, event_shape: tuple[int, ...] = (2,)) -> None:
         super().__init__(event_shape)
@@ -61,7 +61,7 @@ class Quadratic(Energy):
 
 
 class Gammas(Energy):
-    """Gamma laws with shapes and rates to be learned."""
+    """Gamma distributions with shapes and rates to be learned."""
 
     def __init__(self, shape: Tensor, rate: Tensor) -> None:
         super().__init__(tuple(shape.shape), constraints.positive)
@@ -146,7 +146,8 @@ def check_mean_gradient(
 
 
 def check_denoising(objective: DenoisingScoreMatching) -> None:
-    """Against score matching of the mixture of noised laws, the noise integrated on a grid."""
+    """Against score matching of the mixture of noised distributions, the noise integrated on a
+    grid."""
     z = torch.linspace(-8.0, 8.0, 161, dtype=F64)
 
     def truth(energy: Energy, x: Tensor) -> Tensor:
@@ -164,17 +165,19 @@ def check_denoising(objective: DenoisingScoreMatching) -> None:
     check_mean_gradient(objective, (), truth)
 
 
-def check_direction_law(law: str) -> None:
+def check_direction_distribution(distribution: str) -> None:
     """E[vv'] = I, and the variance of v'Av in closed form."""
     d, n = 3, 200_000
     v = sliced_module.projections_like(
-        torch.zeros(n, 1, d, 1, dtype=F64), 3, 1, law, seeded(2)
+        torch.zeros(n, 1, d, 1, dtype=F64), 3, 1, distribution, seeded(2)
     ).reshape(n, d)
     outer = (v.unsqueeze(2) * v.unsqueeze(1)).reshape(n, -1)
     mean, se = mean_and_se(outer)
     fixed = se < 1e-12
     np.testing.assert_allclose(mean[fixed], np.eye(d).flatten()[fixed])
-    within_se(mean[~fixed], np.eye(d).flatten()[~fixed], se[~fixed], what=f"E[vv'] of {law}")
+    within_se(
+        mean[~fixed], np.eye(d).flatten()[~fixed], se[~fixed], what=f"E[vv'] of {distribution}"
+    )
     a = torch.tensor([[2.0, 0.3, -0.4], [0.3, 1.0, 0.5], [-0.4, 0.5, -1.0]], dtype=F64)
     forms = ((v @ a) * v).sum(1)
     full, trace = float((a**2).sum()), float(a.trace())
@@ -182,7 +185,7 @@ def check_direction_law(law: str) -> None:
         "normal": 2 * full,
         "rademacher": 2 * (full - float((a.diagonal() ** 2).sum())),
         "sphere": 2 * d / (d + 2) * (full - trace**2 / d),
-    }[law]
+    }[distribution]
     mean, se = mean_and_se(forms)
     within_se(mean, trace, se, what="the trace")
     mean, se = mean_and_se((forms - trace) ** 2)
@@ -199,7 +202,7 @@ def check_non_negative(shape: tuple[int, ...]) -> None:
 
 
 def check_fisher() -> None:
-    """Between normal laws, and as the excess of the loss."""
+    """Between normal distributions, and as the excess of the loss."""
     p = Gaussian(torch.tensor([[1.0], [-0.5]], dtype=F64), covariance=S)
     q = Gaussian(
         torch.zeros(2, 1, dtype=F64), covariance=torch.tensor([[1.0, -0.3], [-0.3, 2.0]], dtype=F64)
@@ -211,8 +214,8 @@ def check_fisher() -> None:
     found = fisher_divergence(q, p, x)
     within_se(found.value, truth, found.standard_error, what="the Fisher divergence")
     assert found.standard_error < 0.02 * truth
-    for law in sliced_module.DISTRIBUTIONS:
-        sliced = sliced_fisher_divergence(q, p, x, 2, law, seeded(5))
+    for distribution in sliced_module.DISTRIBUTIONS:
+        sliced = sliced_fisher_divergence(q, p, x, 2, distribution, seeded(5))
         within_se(sliced.value, truth, sliced.standard_error, what="the sliced Fisher divergence")
         within_se(sliced.value, found.value, sliced.standard_error)
     pairs = torch.stack(
@@ -236,7 +239,7 @@ def test_the_loss_is_that_of_the_whole_hessian(shape: tuple[int, ...], noise: fl
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 1)], ids=str)
-def test_a_normal_law_is_the_minimum(shape: tuple[int, ...]) -> None:
+def test_a_normal_distribution_is_the_minimum(shape: tuple[int, ...]) -> None:
     """At the precision itself, of value -tr(P) / 2, and no other precision nearby is better."""
     precision, x = torch.linalg.inv(S), POINTS.reshape(-1, *shape)
     energy = Quadratic(precision, shape)
@@ -252,7 +255,7 @@ def test_a_normal_law_is_the_minimum(shape: tuple[int, ...]) -> None:
         )
 
 
-def test_the_regulariser_is_noise_on_a_normal_law_without_correlations() -> None:
+def test_the_regulariser_is_noise_on_a_normal_distribution_without_correlations() -> None:
     variances = torch.tensor([2.0, 0.5], dtype=F64)
     energy = Quadratic(torch.diag(1.0 / (variances + 0.36)))
     loss, _ = ScoreMatching(noise=0.6)(energy, DEVIATIONS * variances.sqrt())
@@ -261,9 +264,9 @@ def test_the_regulariser_is_noise_on_a_normal_law_without_correlations() -> None
 
 def test_metrics_say_whether_the_data_are_draws_of_the_model() -> None:
     """E|grad E|^2 = E[laplacian E], by partial integration."""
-    law = GaussianMixture([[-1.0, 0.0], [1.5, 0.5]], scale=0.8, dtype=F64)
-    parts = law.sample(40_000, seeded(6)).chunk(40)
-    metrics = [ScoreMatching()(law, part)[1] for part in parts]
+    distribution = GaussianMixture([[-1.0, 0.0], [1.5, 0.5]], scale=0.8, dtype=F64)
+    parts = distribution.sample(40_000, seeded(6)).chunk(40)
+    metrics = [ScoreMatching()(distribution, part)[1] for part in parts]
     mean, se = mean_and_se([float(fact["squared_score"] - fact["laplacian"]) for fact in metrics])
     within_se(mean, 0.0, se)
 
@@ -272,20 +275,22 @@ def test_metrics_say_whether_the_data_are_draws_of_the_model() -> None:
 # Sliced
 
 
-@pytest.mark.parametrize("law", sliced_module.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", sliced_module.DISTRIBUTIONS)
 @pytest.mark.parametrize("reduced", [True, False])
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 2)], ids=str)
 def test_slices_average_to_the_exact_gradient(
-    shape: tuple[int, ...], reduced: bool, law: str
+    shape: tuple[int, ...], reduced: bool, distribution: str
 ) -> None:
     check_mean_gradient(
-        SlicedScoreMatching(2, variance_reduced=reduced, distribution=law), shape, by_hessian
+        SlicedScoreMatching(2, variance_reduced=reduced, distribution=distribution),
+        shape,
+        by_hessian,
     )
 
 
-@pytest.mark.parametrize("law", sliced_module.DISTRIBUTIONS)
-def test_directions_have_unit_covariance(law: str) -> None:
-    check_direction_law(law)
+@pytest.mark.parametrize("distribution", sliced_module.DISTRIBUTIONS)
+def test_directions_have_unit_covariance(distribution: str) -> None:
+    check_direction_distribution(distribution)
 
 
 @pytest.mark.parametrize("reduced", [True, False])
@@ -361,7 +366,7 @@ def test_differences_are_of_second_order(shape: tuple[int, ...], reduced: bool) 
     [{"sigma": 0.5}, {"sigma": (0.3, 1.2), "weights": (1.0, 3.0)}],
     ids=["one level", "ladder of weights"],
 )
-def test_denoising_is_score_matching_of_the_noised_law(
+def test_denoising_is_score_matching_of_the_noised_distribution(
     sigma: dict[str, Any], control: bool
 ) -> None:
     check_denoising(DenoisingScoreMatching(**sigma, control_variate=control))
@@ -388,7 +393,7 @@ def check_denoising_optimum(
 
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 1)], ids=str)
-def test_the_denoising_optimum_of_a_normal_law(
+def test_the_denoising_optimum_of_a_normal_distribution(
     shape: tuple[int, ...], control: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_denoising_optimum(shape, control, monkeypatch)
@@ -427,7 +432,7 @@ def test_non_negative_data_are_matched_in_logarithms(shape: tuple[int, ...]) -> 
     check_non_negative(shape)
 
 
-def test_gamma_laws_are_fitted_by_their_moments() -> None:
+def test_gamma_distributions_are_fitted_by_their_moments() -> None:
     """The minimum is shape = mean^2 / variance and rate = mean / variance, of the sample,
     exactly."""
     x = Gamma(
@@ -447,7 +452,8 @@ def test_gamma_laws_are_fitted_by_their_moments() -> None:
 
 
 def test_zeros_and_linear_energies_are_allowed() -> None:
-    """An exponential law has no second derivative: -2 lambda E[x] + lambda^2 E[x^2] / 2."""
+    """An exponential distribution has no second derivative: -2 lambda E[x] + lambda^2 E[x^2] /
+    2."""
     x = torch.tensor([0.0, 1.0, 3.0], dtype=F64)
     loss, _ = NonNegativeScoreMatching()(Exponential(2.0, dtype=F64), x)
     assert float(loss) == pytest.approx(-4.0 * 4 / 3 + 2.0 * 10 / 3)
@@ -483,7 +489,7 @@ def test_grey_levels_there_and_back() -> None:
 
 def test_the_bound_of_grey_levels() -> None:
     """log P(k) >= E[log p(y)] - log K, against integrals over the cells."""
-    levels, law = (
+    levels, distribution = (
         torch.arange(4, dtype=F64) / 3,
         torch.distributions.Beta(torch.tensor(2.0, dtype=F64), 3.0),
     )
@@ -491,8 +497,12 @@ def test_the_bound_of_grey_levels() -> None:
     # the distribution function of Beta(2, 3)
     log_p = (1 - (1 - edges) ** 3 * (1 + 3 * edges)).diff().log()
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(400))
-    within = law.log_prob((torch.arange(4).unsqueeze(1) + 0.5 + 0.5 * nodes) / 4) @ weights / 2
-    bound = torch.stack([law.log_prob(dequantized(levels, 4, seeded(k))) for k in range(4000)])
+    within = (
+        distribution.log_prob((torch.arange(4).unsqueeze(1) + 0.5 + 0.5 * nodes) / 4) @ weights / 2
+    )
+    bound = torch.stack(
+        [distribution.log_prob(dequantized(levels, 4, seeded(k))) for k in range(4000)]
+    )
     mean, se = mean_and_se(bound)
     within_se(mean, within, se)
     assert bool((within - math.log(4) < log_p).all())
@@ -883,4 +893,4 @@ def test_the_wrong_scale_of_noise_moves_the_optimum(monkeypatch: pytest.MonkeyPa
 def test_directions_of_unit_length_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sliced_module, "projections_like", normalised)
     with pytest.raises(AssertionError, match="E\\[vv'\\]"):
-        check_direction_law("sphere")
+        check_direction_distribution("sphere")

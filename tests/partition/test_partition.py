@@ -4,6 +4,7 @@ that must be caught."""
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -227,16 +228,24 @@ def test_quadrature_says_where_it_is_not_exact() -> None:
 
 def test_expectations_by_quadrature() -> None:
     """Moments, probabilities of regions and a divergence, against closed forms."""
-    law = Gaussian(torch.tensor([1.0, -2.0], dtype=F64), covariance=[[2.0, 0.6], [0.6, 1.0]])
-    moments, change = partition.expectation(law, lambda x: torch.cat([x, (x - law.mean) ** 2], 1))
+    distribution = Gaussian(
+        torch.tensor([1.0, -2.0], dtype=F64), covariance=[[2.0, 0.6], [0.6, 1.0]]
+    )
+    moments, change = partition.expectation(
+        distribution, lambda x: torch.cat([x, (x - distribution.mean) ** 2], 1)
+    )
     torch.testing.assert_close(
         moments, torch.tensor([1.0, -2.0, 2.0, 1.0], dtype=F64), rtol=0.0, atol=1e-6
     )
     assert change <= 1e-6
     other = Gaussian(torch.zeros(2, dtype=F64))
-    kl, _ = partition.expectation(law, lambda x: other(x) + other.log_z - law(x) - law.log_z)
-    laws = [dist.MultivariateNormal(e.mean, e.covariance) for e in (law, other)]
-    assert float(kl) == pytest.approx(float(torch.distributions.kl_divergence(*laws)), abs=1e-8)
+    kl, _ = partition.expectation(
+        distribution, lambda x: other(x) + other.log_z - distribution(x) - distribution.log_z
+    )
+    distributions = [dist.MultivariateNormal(e.mean, e.covariance) for e in (distribution, other)]
+    assert float(kl) == pytest.approx(
+        float(torch.distributions.kl_divergence(*distributions)), abs=1e-8
+    )
     well = DoubleWell(dtype=F64)
     right, change = partition.expectation(well, lambda x: (x > well.barrier).double())
     assert change <= 1e-6
@@ -247,14 +256,15 @@ def test_expectations_by_quadrature() -> None:
 
 
 @pytest.mark.parametrize("low", [0.1, 0.3, -0.05])
-def test_a_small_region_is_not_overlooked(low: float) -> None:
+def test_a_small_region_is_not_overlooked(low: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The few nodes of the coarsest panels all miss it, twice: that is no convergence."""
-    law = Gaussian(torch.zeros(1, dtype=F64))
+    # the error at the edges of the region decreases with the number of panels alone
+    monkeypatch.setitem(partition.numeric.MAX_PANELS, 1, 2**15)
+    distribution = Gaussian(torch.zeros(1, dtype=F64))
     found, error = partition.expectation(
-        law,
+        distribution,
         lambda x: ((x > low) & (x < low + 0.1)).double().squeeze(1),
         tolerance=1e-4,
-        max_panels=2**15,
     )
     truth = 0.5 * (math.erf((low + 0.1) / math.sqrt(2.0)) - math.erf(low / math.sqrt(2.0)))
     assert error <= 1e-4
@@ -268,9 +278,13 @@ def test_a_small_region_is_not_overlooked(low: float) -> None:
 
 
 def test_weights_of_modes_by_quadrature() -> None:
-    law = GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1], dtype=F64)
+    distribution = GaussianMixture(
+        [[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1], dtype=F64
+    )
     found, change = partition.expectation(
-        law, lambda x: torch.nn.functional.one_hot(law.mode_of(x), 2), tolerance=1e-4
+        distribution,
+        lambda x: torch.nn.functional.one_hot(distribution.mode_of(x), 2),
+        tolerance=1e-4,
     )
     border = math.log(9.0) / 16.0
     left, right = (0.5 * math.erfc(-(border + side) / math.sqrt(0.5)) for side in (2.0, -2.0))
@@ -280,11 +294,11 @@ def test_weights_of_modes_by_quadrature() -> None:
 
 
 def test_expectations_refuse_what_is_no_function() -> None:
-    law = Gaussian(torch.zeros(2, dtype=F64))
+    distribution = Gaussian(torch.zeros(2, dtype=F64))
     with pytest.raises(ValueError, match=r"function must map .* got shape \(\)"):
-        partition.expectation(law, lambda x: x.sum())
+        partition.expectation(distribution, lambda x: x.sum())
     with pytest.raises(FloatingPointError, match="function is NaN"):
-        partition.expectation(law, lambda x: x[:, 0].log())
+        partition.expectation(distribution, lambda x: x[:, 0].log())
     board = Checkerboard(dtype=F64)  # where the density is 0 the function is not asked
     area, _ = partition.expectation(
         board, lambda x: torch.where(board(x) < math.inf, 1.0, math.nan), [(-4.0, 4.0)] * 2
@@ -337,7 +351,7 @@ run(
 run(
     "AIS half-disc",
     HalfDisc(dtype=F64),
-    lambda e: partition.ais(e, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), 50),
+    lambda e: partition.ais(e, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), betas=50),
     0.2,
 )
 run(
@@ -345,8 +359,8 @@ run(
     Exponential(dtype=F64),
     lambda e: partition.ais(e, dist.Gamma(torch.tensor(2.0, dtype=F64), 2.0), betas=60),
 )
-run("reverse RBM", oracle(), lambda e: partition.reverse_ais(e, base=base(e), betas=100))
-run("reverse GRBM", grbm(), lambda e: partition.reverse_ais(e, base=base(e), betas=100))
+run("reverse RBM", oracle(), lambda e: partition.reverse_ais(e, base(e), betas=100))
+run("reverse GRBM", grbm(), lambda e: partition.reverse_ais(e, base(e), betas=100))
 run("reverse deep", deep(), lambda e: partition.reverse_ais(e, betas=200))
 run("reverse deep Gaussian", deep(True), lambda e: partition.reverse_ais(e, betas=200))
 run(
@@ -361,7 +375,7 @@ run("both ways deep", deep(), lambda e: partition.bidirectional_ais(e, betas=30)
 run("SMC RBM", oracle(), lambda e: partition.smc(e, base(e), num_particles=256))
 run("SMC GRBM", grbm(), lambda e: partition.smc(e, num_particles=256))
 run("SMC deep", deep(), lambda e: partition.smc(e, num_particles=256))
-run("SMC Ising", ISING, lambda e: partition.smc(e, num_particles=128, num_moves=2))
+run("SMC Ising", ISING, lambda e: partition.smc(e, num_particles=128))
 run(
     "SMC double well",
     DoubleWell(dtype=F64),
@@ -468,7 +482,10 @@ def test_bridge_counts_what_the_draws_of_a_chain_are_worth() -> None:
     mcmc = MCMC(BlockGibbs(), num_samples=500, warmup_steps=50, num_chains=8, seed=7)
     mcmc.run(joint)
     draws = mcmc.get_samples(group_by_chain=True)["x"]
-    chains, alone = partition.bridge(joint, draws), partition.bridge(joint, draws.flatten(0, 1))
+    chains, alone = (
+        partition.bridge(joint, draws=draws),
+        partition.bridge(joint, draws=draws.flatten(0, 1)),
+    )
     within_se(chains.value, LOG_Z, chains.standard_error)
     assert chains.standard_error > alone.standard_error
 
@@ -483,21 +500,30 @@ def test_kinds() -> None:
     assert partition.ais(energy, wide, MALA(), betas=5).kind == "lower"
     assert partition.ais(energy, wide, ULA(), betas=5).kind == "estimate"
     assert partition.reverse_ais(machine, betas=5).kind == "upper"
-    assert partition.reverse_ais(machine, states, betas=5).kind == "estimate"
+    assert partition.reverse_ais(machine, draws=states, betas=5).kind == "estimate"
     assert (
-        partition.reverse_ais(machine.joint(), machine.joint().initial(20), betas=5).kind
+        partition.reverse_ais(machine.joint(), draws=machine.joint().initial(20), betas=5).kind
         == "estimate"
     )
-    assert partition.reverse_ais(machine, machine.joint().initial(20), betas=5).kind == "estimate"
-    assert partition.reverse_ais(energy, base=wide, kernel=ULA(), betas=5).kind == "estimate"
     assert (
-        partition.reverse_ais(energy, energy.sample(20), wide, MALA(), betas=5).kind == "estimate"
+        partition.reverse_ais(machine, draws=machine.joint().initial(20), betas=5).kind
+        == "estimate"
     )
-    assert partition.smc(energy, wide, MALA(), 64).kind == "estimate"
-    pilot = partition.estimators.tempered_smc(energy, wide, MALA(), 64)
+    assert partition.reverse_ais(energy, wide, ULA(), betas=5).kind == "estimate"
+    assert (
+        partition.reverse_ais(energy, wide, MALA(), draws=energy.sample(20), betas=5).kind
+        == "estimate"
+    )
+    assert partition.smc(energy, wide, MALA(), num_particles=64).kind == "estimate"
+    pilot = partition.estimators.tempered_smc(energy, wide, MALA(), num_particles=64)
     assert (
         partition.smc(
-            energy, wide, MALA(), 64, pilot=pilot, generator=torch.Generator().manual_seed(1)
+            energy,
+            wide,
+            MALA(),
+            num_particles=64,
+            pilot=pilot,
+            generator=torch.Generator().manual_seed(1),
         ).kind
         == "lower"
     )
@@ -570,21 +596,20 @@ BIASED: dict[str, tuple[Energy, Callable[[Energy], LogZ]]] = {
     "deep Gaussian": (deep(True), lambda e: partition.ais(e, betas=SHORT, num_chains=MANY)),
     "reverse RBM": (
         oracle(),
-        lambda e: partition.reverse_ais(e, base=base(e), betas=SHORT, num_chains=MANY),
+        lambda e: partition.reverse_ais(e, base(e), betas=SHORT, num_chains=MANY),
     ),
     "reverse RBM by sites": (
         oracle(),
-        lambda e: partition.reverse_ais(e, None, base(e), Gibbs(), betas=SHORT, num_chains=MANY),
+        lambda e: partition.reverse_ais(e, base(e), Gibbs(), betas=SHORT, num_chains=MANY),
     ),
     "reverse GRBM": (
         grbm(),
-        lambda e: partition.reverse_ais(e, base=base(e), betas=SHORT, num_chains=MANY),
+        lambda e: partition.reverse_ais(e, base(e), betas=SHORT, num_chains=MANY),
     ),
     "reverse double well": (
         DoubleWell(dtype=F64),
         lambda e: partition.reverse_ais(
             e,
-            None,
             Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5),
             HMC(0.1, num_steps=5),
             betas=SHORT,
@@ -639,12 +664,14 @@ def test_standard_errors_are_the_spread_of_repeated_runs() -> None:
     )
 
 
-def test_start_may_be_visible_or_of_all_units() -> None:
+def test_draws_may_be_visible_or_of_all_units() -> None:
     """From exact draws given by hand the weights are unbiased whichever units they have."""
     machine, generator = oracle(), torch.Generator().manual_seed(5)
     joint = torch.cat(machine.draw_layers(MANY, generator), 1)
     for start in (joint, joint[:, :4]):
-        mean, se = mean_and_se(ratio(partition.reverse_ais(machine, start, betas=SHORT), LOG_Z))
+        mean, se = mean_and_se(
+            ratio(partition.reverse_ais(machine, draws=start, betas=SHORT), LOG_Z)
+        )
         within_se(mean, 1.0, se)
 
 
@@ -775,7 +802,8 @@ def test_mutant_sign_of_the_correction_is_caught() -> None:
 
 
 def test_mutant_numbers_of_draws_forgotten_in_the_bridge_is_caught() -> None:
-    """Normal laws whose log ratio is known; four times as many draws of one as of the other."""
+    """Normal distributions whose log ratio is known; four times as many draws of one as of the
+    other."""
     generator = torch.Generator().manual_seed(4)
     first, second = (
         torch.randn(40_000, generator=generator, dtype=F64),
@@ -833,7 +861,7 @@ def test_a_schedule_evens_out_the_increments() -> None:
         hidden_bias=torch.full((8,), -9.0),
         dtype=F64,
     )
-    betas = partition.schedule(strong, 60)
+    betas = partition.schedule(strong, num_temperatures=60)
     assert betas.shape == (61,)
     assert float(betas[0]) == 0.0
     assert float(betas[-1]) == 1.0
@@ -857,7 +885,10 @@ def test_a_schedule_evens_out_the_increments() -> None:
         spread[name] = float(speed.std() / speed.mean())
     assert spread["tuned"] < 0.7 * spread["even"], spread
     halves = partition.schedule(
-        HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5)
+        HalfDisc(dtype=F64),
+        Gaussian(torch.tensor(0.0, dtype=F64)),
+        MALA(0.5),
+        num_temperatures=5,
     )
     assert len(halves) == 6  # draws outside of the disc are left out
     result = partition.ais(strong, betas=betas)
@@ -896,6 +927,53 @@ def test_independent_layers_are_a_density_with_its_draws(machine: LayeredMachine
     within_se(result.value, partition.exact(machine).value, result.standard_error)
 
 
+ESTIMATORS = ("ais", "reverse_ais", "bidirectional_ais", "schedule", "smc", "bridge")
+
+
+@pytest.mark.parametrize("name", [*ESTIMATORS, "thermodynamic_integration"])
+def test_estimators_share_their_arguments(name: str) -> None:
+    """The energy, the base and the kernel by position; all others by name, with one default."""
+    known = {
+        "draws": None,
+        "betas": 1000,
+        "num_chains": 32 if name == "thermodynamic_integration" else 100,
+        "generator": None,
+        "progress": None,
+    }
+    parameters = inspect.signature(getattr(partition, name)).parameters
+    named = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    first = [key for key in parameters if key not in named]
+    assert first == (["energy", "base"] if name == "bridge" else ["energy", "base", "kernel"])
+    assert named[-1 if name == "bridge" else -2] == "generator"
+    for key in known.keys() & set(named):
+        assert parameters[key].default == known[key], key
+    takes_draws = name in ("reverse_ais", "bidirectional_ais", "bridge")
+    assert (named[0] == "draws") == ("draws" in named) == takes_draws
+
+
+def test_the_text_of_an_estimate_says_what_its_error_leaves_out() -> None:
+    weights = torch.zeros(10)
+    known = str(partition.LogZ(5.0, 5e-6, "lower", "AIS", 10.0, weights))
+    assert known == (
+        "log Z = 5.0000 +- 5e-06 (AIS; lower: low on average; ESS 10 of 10; modes without draws"
+        " are not included)"
+    )
+    few = str(partition.LogZ(5.0, math.inf, "lower", "AIS", 1.0, weights))
+    assert few.startswith("log Z = 5.0000, error unknown because few weights dominate (AIS")
+    assert "modes" not in str(partition.exact(ISING))
+
+
+def test_arrays_are_draws_too() -> None:
+    machine = oracle()
+    draws = machine.sample(20, torch.Generator().manual_seed(0))
+    for given in (draws, draws.float()):
+        reverse = partition.reverse_ais(
+            machine, draws=given.numpy(), betas=5, generator=torch.Generator().manual_seed(1)
+        )
+        assert reverse.kind == "estimate"
+    assert partition.bridge(machine, draws=draws.numpy()).kind == "estimate"
+
+
 def test_a_path_by_sites_has_the_logits_of_its_energies() -> None:
     """The path combines the conditionals of both ends; they are those of its energies."""
     start = partition.base_rates(ISING, ISING.initial(50, torch.Generator().manual_seed(1)))
@@ -925,7 +1003,7 @@ SHOWN: dict[str, tuple[Callable[[bool | None], object], str]] = {
         "annealing: 5/5 ",
     ),
     "schedule": (
-        lambda show: partition.schedule(oracle(), 2, progress=show),
+        lambda show: partition.schedule(oracle(), num_temperatures=2, progress=show),
         "annealing: 200/200 ",
     ),
     "smc": (lambda show: partition.smc(oracle(), num_particles=8, progress=show), "SMC: "),
@@ -1006,9 +1084,9 @@ class Broken(Energy):
 def test_weights_that_are_no_numbers_are_reported() -> None:
     wide = Gaussian(torch.tensor(0.0), scale=2.0)
     with pytest.raises(FloatingPointError, match="NaN or -inf at 10 of 10 draws"):
-        partition.ais(Broken(math.nan), wide, MALA(), 5, num_chains=10)
+        partition.ais(Broken(math.nan), wide, MALA(), betas=5, num_chains=10)
     with pytest.raises(FloatingPointError, match="all 10 weights are 0"):
-        partition.ais(Broken(math.inf), wide, MALA(), 5, num_chains=10)
+        partition.ais(Broken(math.inf), wide, MALA(), betas=5, num_chains=10)
     with pytest.raises(FloatingPointError, match="of 3 log weights 1 are NaN and 1 are"):
         from_weights(torch.tensor([0.0, math.nan, math.inf]), 0.0, "lower", "AIS")
     nan = BernoulliRBM(2, 1)
@@ -1076,31 +1154,31 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         ),
         (
             lambda: partition.reverse_ais(LARGE),
-            "start must be given, because BernoulliRBM has no exact draws",
+            "draws must be given, because BernoulliRBM has no exact draws",
         ),
         (
-            lambda: partition.reverse_ais(oracle(), torch.zeros(3, 5, dtype=F64)),
-            r"start must have shape \(n, 4\) or \(n, 7\)",
+            lambda: partition.reverse_ais(oracle(), draws=torch.zeros(3, 5, dtype=F64)),
+            r"draws must have shape \(n, 4\) or \(n, 7\)",
         ),
         (
-            lambda: partition.reverse_ais(deep(), torch.zeros(3, 4, dtype=F64)),
-            r"start must have shape \(n, 10\)",
+            lambda: partition.reverse_ais(deep(), draws=torch.zeros(3, 4, dtype=F64)),
+            r"draws must have shape \(n, 10\)",
         ),
         (
-            lambda: partition.reverse_ais(oracle(), torch.zeros(3, 4)),
-            "start must be torch.float64",
+            lambda: partition.reverse_ais(oracle(), draws=torch.zeros(3, 4)),
+            "draws must be torch.float64",
         ),
         (
-            lambda: partition.reverse_ais(oracle(), torch.full((3, 4), math.nan, dtype=F64)),
-            "start must hold states",
+            lambda: partition.reverse_ais(oracle(), draws=torch.full((3, 4), math.nan, dtype=F64)),
+            "draws must hold states",
         ),
         (
-            lambda: partition.reverse_ais(oracle(), torch.full((3, 7), 0.5, dtype=F64)),
-            "start must hold states",
+            lambda: partition.reverse_ais(oracle(), draws=torch.full((3, 7), 0.5, dtype=F64)),
+            "draws must hold states",
         ),
         (
-            lambda: partition.reverse_ais(grbm(), torch.full((3, 5), 0.5, dtype=F64)),
-            "start must hold states",
+            lambda: partition.reverse_ais(grbm(), draws=torch.full((3, 5), 0.5, dtype=F64)),
+            "draws must hold states",
         ),
         (lambda: partition.exact(LARGE), r"sum over 2\^30 states, more than max_units=24"),
         (lambda: partition.exact(Ising((5, 5)) * 1.0), r"sum over 2\^25 states"),
@@ -1113,7 +1191,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         (lambda: partition.quadrature(WELL, [(1.0, 0.0)]), "bounds must be 1 finite pairs"),
         (lambda: partition.bridge(LARGE), "draws must be given"),
         (
-            lambda: partition.bridge(oracle(), torch.zeros(4, dtype=F64)),
+            lambda: partition.bridge(oracle(), draws=torch.zeros(4, dtype=F64)),
             r"draws must have shape \(n, \*event\)",
         ),
         (
@@ -1154,7 +1232,9 @@ def test_bad_arguments_are_refused(call: Callable[[], object], message: str) -> 
 
 
 @pytest.mark.parametrize("make", [oracle, boltzmann, lambda: DeepBoltzmannMachine([4, 3, 2])])
-def test_a_machine_that_is_no_law_has_no_value_and_no_draws(make: Callable[[], Any]) -> None:
+def test_a_machine_that_is_no_distribution_has_no_value_and_no_draws(
+    make: Callable[[], Any],
+) -> None:
     machine = make()
     with torch.no_grad():
         next(iter(machine.parameters())).fill_(math.nan)

@@ -14,6 +14,7 @@ import torch
 from lib.checks import within_se
 from pyro import poutine
 from pyro.infer import Predictive, config_enumerate, infer_discrete
+from pyro.infer.autoguide.initialization import init_to_median, init_to_sample, init_to_uniform
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.indexing import Vindex
 from torch import Tensor
@@ -124,6 +125,15 @@ def scaled_and_masked(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(loc * z, 1.0).mask(y < 1), obs=y)
 
 
+def half_observed(y: Tensor) -> None:
+    """The first two classes are known."""
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    known = torch.arange(len(y)) < 2
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(p), obs=torch.ones(len(y)), obs_mask=known)
+        pyro.sample("y", dist.Normal(3 * z, 1.0), obs=y)
+
+
 def selected(y: Tensor) -> None:
     """Continuous latent variables in the plate of the data, of which discrete ones select."""
     with pyro.plate("components", 2, dim=-2), pyro.plate("data", len(y), dim=-1):
@@ -137,7 +147,9 @@ def forbidden(y: Tensor) -> None:
     """State 2 cannot be reached, and state 1 cannot be left."""
     logits = pyro.sample("logits", dist.Normal(0.0, 1.0))
     table = torch.full((3, 3), -torch.inf)
-    table = torch.where(torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]]) > 0, logits.sigmoid(), table)
+    table = torch.where(
+        torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]]) > 0, logits.sigmoid(), table
+    )
     z = torch.tensor(0)
     for t in pyro.markov(range(3)):
         before, z = z, pyro.sample(f"z_{t}", dist.Categorical(torch.ones(3)))
@@ -155,8 +167,7 @@ def below(y: Tensor) -> None:
 
 
 def asks_for_sequential(y: Tensor) -> None:
-    with config_enumerate(default="sequential"):
-        z = pyro.sample("z", dist.Bernoulli(0.3))
+    z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "sequential"})
     b = pyro.sample("b", dist.Bernoulli(0.6), infer={"enumerate": "parallel", "num_samples": 5})
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(x * z + b, 1.0), obs=y)
@@ -178,6 +189,7 @@ MODELS: dict[str, tuple[Callable[..., Any], Tensor]] = {
     "nested_plates": (nested_plates, data(2, 3)),
     "sequential_plate": (sequential_plate, data(3)),
     "scaled_and_masked": (scaled_and_masked, data(4)),
+    "half_observed": (half_observed, data(4)),
     "selected": (selected, data(3)),
     "forbidden": (forbidden, data(3)),
     "below": (below, data(2)),
@@ -344,6 +356,17 @@ def only_discrete(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def crossing_plates(y: Tensor) -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 2, dim=-1)
+    with rows:
+        a = pyro.sample("a", dist.Bernoulli(0.3))
+    with columns:
+        b = pyro.sample("b", dist.Bernoulli(0.3))
+    with rows, columns:
+        pyro.sample("y", dist.Normal(x * a * b, 1.0), obs=y)
+
+
 @pytest.mark.parametrize(
     ("model", "y", "said"),
     [
@@ -354,6 +377,7 @@ def only_discrete(y: Tensor) -> None:
          r" values\).* and 2 more.*pyro\.markov"),
         (no_plate, data(3), r"site 'y' has batch shape \(3,\) in 0 plates: enclose it in"),
         (bounded, data(), r"support of site 'x' must not depend on a discrete site"),
+        (crossing_plates, data(2, 2), r"plates \['columns', 'rows'\] some .*cross.*sequential"),
         (only_discrete, data(), r"continuous latent sample site, but has only .*\['z'\]"),
     ],
 )  # fmt: skip
@@ -368,13 +392,35 @@ def test_plates_may_be_left_room_for() -> None:
     energy = ModelEnergy(mixture, data(4), max_plate_nesting=3)
     assert energy.max_plate_nesting == 3
     check_density(energy, mixture, data(4))
-    with pytest.raises(ValueError, match="max_plate_nesting must be at least 1, .*got.*=0"):
+    with pytest.raises(ValueError, match=r"max_plate_nesting must be at least 1, .*got.*=0"):
         ModelEnergy(mixture, data(4), max_plate_nesting=0)
+
+
+def test_a_support_may_depend_on_a_continuous_site() -> None:
+    def model(y: Tensor) -> None:
+        top = pyro.sample("top", dist.Gamma(2.0, 1.0))
+        below = pyro.sample("below", dist.Uniform(0.0, top))
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(z * below, 1.0), obs=y)
+
+    energy = ModelEnergy(model, data())
+    u = points(energy, 4)
+    values = energy.constrain(u)
+    assert (values["below"] < values["top"]).all()
+    torch.testing.assert_close(energy.unconstrain(values), u)
+
+
+@pytest.mark.parametrize("strategy", [init_to_median, init_to_uniform, init_to_sample])
+def test_starts_by_a_strategy_have_the_shapes_of_draws(strategy: Callable[..., Any]) -> None:
+    for model in (mixture, below):
+        energy = ModelEnergy(model, data(4))
+        start = energy.initial(3, torch.Generator().manual_seed(0), strategy)
+        assert torch.isfinite(energy(start)).all()
 
 
 def test_an_impossible_start_is_blamed_on_its_site() -> None:
     def wall(y: Tensor) -> None:
-        z = pyro.sample("z", dist.Categorical(torch.tensor([0.0, 1.0]).log().exp()))
+        z = pyro.sample("z", dist.Bernoulli(0.5))
         x = pyro.sample("x", dist.Normal(z, 1.0))
         pyro.factor("some", torch.where(z == 0, -torch.inf, 0.0))
         pyro.factor("wall", torch.where(x + z > 50.0, 0.0, -torch.inf))
@@ -417,8 +463,14 @@ def test_discrete_variables_are_inferred_from_the_draws() -> None:
     mcmc.run(Y)
     draws = mcmc.get_samples()
     assert set(draws) == {"loc"}
-    model = infer_discrete(config_enumerate(two_normals), first_available_dim=-2)
-    z = Predictive(model, draws, return_sites=["z"])(Y)["z"]
+
+    def for_each_draw(y: Tensor) -> None:
+        with pyro.plate("draws", len(draws["loc"]), dim=-2):
+            two_normals(y)
+
+    given = poutine.condition(config_enumerate(for_each_draw), {"loc": draws["loc"][:, None]})
+    posterior = infer_discrete(given, first_available_dim=-3)
+    z = poutine.trace(posterior).get_trace(Y).nodes["z"]["value"]
     one = 0.3 * torch.exp(-((Y - draws["loc"][:, None]) ** 2) / 2)
     p = one / (one + 0.7 * torch.exp(-(Y**2) / 2))
     assert z.shape == p.shape
@@ -431,6 +483,9 @@ def test_discrete_variables_are_inferred_from_the_draws() -> None:
     )
     found = poutine.trace(best).get_trace(Y).nodes["z"]["value"]
     assert torch.equal(found, (p[0] > 0.5).double())
+    prior = Predictive(two_normals, draws, return_sites=["z", "y"])(Y)
+    assert prior["z"].shape == (400, 6)
+    within_se(prior["z"].mean(), 0.3, (0.21 / 2400) ** 0.5)
 
 
 def long_chain(y: Tensor) -> None:

@@ -99,7 +99,7 @@ def test_a_little_coupling_is_continuous_with_none() -> None:
     assert Phi4(8, 1.0, 1e-9).log_z == pytest.approx(Phi4(8, 1.0, 0.0).log_z, abs=1e-7)
 
 
-def test_the_free_field_is_a_normal_law() -> None:
+def test_the_free_field_is_a_normal_distribution() -> None:
     field = Phi4(6, 0.7, 0.0)
     precision = torch.autograd.functional.hessian(lambda x: field(x), torch.zeros(6))
     normal = Gaussian(torch.zeros(6), covariance=torch.linalg.inv(precision))

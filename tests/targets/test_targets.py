@@ -444,7 +444,7 @@ D = partial(torch.tensor, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    ("name", "law"),
+    ("name", "distribution"),
     [
         ("gaussian_scalar", td.Normal(D(1.5), 0.7)),
         ("gaussian_dense", td.MultivariateNormal(D([1.0, -2.0]), D(COVARIANCE))),
@@ -478,12 +478,14 @@ D = partial(torch.tensor, dtype=torch.float64)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_agrees_with_torch_distributions(name: str, law: td.Distribution) -> None:
+def test_agrees_with_torch_distributions(name: str, distribution: td.Distribution) -> None:
     target = make(name)
     x = target.sample(20, seeded())
-    torch.testing.assert_close(-target(x) - target.log_z, law.log_prob(x), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(target.mean, law.mean, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(target.variance, law.variance, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        -target(x) - target.log_z, distribution.log_prob(x), rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(target.mean, distribution.mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(target.variance, distribution.variance, rtol=1e-9, atol=1e-9)
 
 
 def test_normalised_targets_of_more_dimensions() -> None:
@@ -496,11 +498,11 @@ def test_normalised_targets_of_more_dimensions() -> None:
     x = image.sample(5, seeded())
     torch.testing.assert_close(-image(x) - image.log_z, whole.log_prob(x.flatten(1)))
     parts = make("mixture_image")
-    law = td.MixtureSameFamily(
+    distribution = td.MixtureSameFamily(
         td.Categorical(torch.ones(3)), td.Independent(td.Normal(parts.loc.flatten(1), D(0.5)), 1)
     )
     x = parts.sample(5, seeded())
-    torch.testing.assert_close(-parts(x), law.log_prob(x.flatten(1)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(-parts(x), distribution.log_prob(x.flatten(1)), rtol=1e-6, atol=1e-6)
 
 
 # Exact numbers
@@ -745,19 +747,19 @@ def test_bad_arguments_are_named(build: Callable[[], Target], said: str) -> None
 
 
 def test_quantile_is_the_inverse_of_the_distribution_function() -> None:
-    law = TabulatedDensity(lambda x: 0.5 * x * x, -12.0, 12.0, split=0.0)
+    distribution = TabulatedDensity(lambda x: 0.5 * x * x, -12.0, 12.0, split=0.0)
     u = torch.linspace(1e-6, 1 - 1e-6, 1001, dtype=torch.float64)
     torch.testing.assert_close(
-        law.quantile(u), td.Normal(D(0.0), 1.0).icdf(u), rtol=1e-6, atol=1e-6
+        distribution.quantile(u), td.Normal(D(0.0), 1.0).icdf(u), rtol=1e-6, atol=1e-6
     )
-    assert law.quantile(D([0.0])).item() >= -12.0
-    assert law.quantile(D([1.0 - 2**-53])).item() < 9.0
+    assert distribution.quantile(D([0.0])).item() >= -12.0
+    assert distribution.quantile(D([1.0 - 2**-53])).item() < 9.0
     well = DoubleWell.density
     assert float(well.quantile(D(1 - well.right_mass))) == pytest.approx(well.split, abs=1e-7)
 
 
 def test_rejection_is_exact() -> None:
-    """Proposals on [0, 1), accepted with probability x: the law 2x."""
+    """Proposals on [0, 1), accepted with probability x: the distribution 2x."""
     g = seeded()
     uniform = partial(torch.rand, generator=g, dtype=torch.float64)
     x = rejection(50_000, lambda k: ((x := uniform((k,))), x.log()), uniform)
@@ -774,10 +776,10 @@ MANY = 200_000
 
 
 def hot_double_well(n: int, g: torch.Generator) -> Tensor:
-    law = TabulatedDensity(
+    distribution = TabulatedDensity(
         lambda x: DoubleWell.density.potential(x) / 1.03, -4.0, 4.0, split=DoubleWell.barrier
     )
-    return law.quantile(torch.rand(n, generator=g, dtype=torch.float64))
+    return distribution.quantile(torch.rand(n, generator=g, dtype=torch.float64))
 
 
 def swapped_wells(n: int, g: torch.Generator) -> Tensor:

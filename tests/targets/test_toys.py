@@ -86,9 +86,9 @@ def pinwheel(
     return 2.0 * np.stack([f[:, 0] * c + f[:, 1] * s, f[:, 1] * c - f[:, 0] * s], 1)
 
 
-#: Law, generator, side of the square that holds it, points of an axis for sums over a grid, entropy
-#: in nats, and the entropy that others measured on draws, to 0.015. (They say 2.659 of the rings:
-#: see below.)
+#: Distribution, generator, side of the square that holds it, points of an axis for sums over a
+#: grid, entropy in nats, and the entropy that others measured on draws, to 0.015. (They say 2.659
+#: of the rings: see below.)
 TOYS: dict[str, tuple[Callable[..., Target], Draw, float, int, float, float | None]] = {
     "two_moons": (TwoMoons, moons, 6.0, 240, 1.007585, 0.998),
     "two_moons_wide": (
@@ -122,14 +122,14 @@ def middles(side: float, points: int) -> tuple[Tensor, float]:
 
 @cache
 def masses(name: str, build: Callable[..., Target] | None) -> Tensor:
-    """Probabilities of all cells of the grid, ``(points, points)``, not normalised; of another law
-    where one is given."""
+    """Probabilities of all cells of the grid, ``(points, points)``, not normalised; of another
+    distribution where one is given."""
     x, area = middles(*TOYS[name][2:4])
-    law = (build or TOYS[name][0])(dtype=F)
-    return (torch.exp(-law(x)) * area).reshape(TOYS[name][3], -1)
+    distribution = (build or TOYS[name][0])(dtype=F)
+    return (torch.exp(-distribution(x)) * area).reshape(TOYS[name][3], -1)
 
 
-def check_law(
+def check_distribution(
     name: str, x: np.ndarray | Tensor, build: Callable[..., Target] | None = None, block: int = 8
 ) -> None:
     """Pearson's chi-square of draws over blocks of cells in which 20 or more are expected, and one
@@ -182,12 +182,12 @@ def test_the_entropy_of_rings_by_hand() -> None:
 
 @every_toy
 def test_draws_are_of_the_density(name: str) -> None:
-    check_law(name, make(name).sample(DRAWS, torch.Generator().manual_seed(1)))
+    check_distribution(name, make(name).sample(DRAWS, torch.Generator().manual_seed(1)))
 
 
 @every_toy
 def test_the_density_is_that_of_the_generator(name: str) -> None:
-    check_law(name, TOYS[name][1](DRAWS, np.random.default_rng(2)))
+    check_distribution(name, TOYS[name][1](DRAWS, np.random.default_rng(2)))
 
 
 MUTANTS: dict[str, tuple[str, Draw]] = {
@@ -217,7 +217,7 @@ MUTANTS: dict[str, tuple[str, Draw]] = {
 def test_other_generators_are_told_apart(mutant: str) -> None:
     name, draw = MUTANTS[mutant]
     with pytest.raises(AssertionError, match="chi-square"):
-        check_law(name, draw(DRAWS, np.random.default_rng(2)))
+        check_distribution(name, draw(DRAWS, np.random.default_rng(2)))
 
 
 class Unsheared(Pinwheel):
@@ -237,34 +237,41 @@ class Thin(Pinwheel):
 @pytest.mark.parametrize("build", [Unsheared, Thin])
 def test_wrong_densities_of_a_pinwheel_are_caught(build: type[Pinwheel]) -> None:
     with pytest.raises(AssertionError, match="chi-square"):
-        check_law("pinwheel", pinwheel(DRAWS, np.random.default_rng(2)), build)
+        check_distribution("pinwheel", pinwheel(DRAWS, np.random.default_rng(2)), build)
 
 
 @pytest.mark.parametrize("name", ["two_moons", "two_spirals"])
 def test_more_nodes_change_nothing(name: str) -> None:
-    law = make(name)
-    assert isinstance(law, NoisyCurves)
-    nodes = len(law.nodes) // 2
-    finer = NoisyCurves(law.curves, law.noise, law.box, 2 * nodes, dtype=F)
-    coarser = NoisyCurves(law.curves, law.noise, law.box, nodes // 4, dtype=F)
+    distribution = make(name)
+    assert isinstance(distribution, NoisyCurves)
+    nodes = len(distribution.nodes) // 2
+    finer = NoisyCurves(
+        distribution.curves, distribution.noise, distribution.box, 2 * nodes, dtype=F
+    )
+    coarser = NoisyCurves(
+        distribution.curves, distribution.noise, distribution.box, nodes // 4, dtype=F
+    )
     x = torch.cat(
         [
-            law.sample(500, torch.Generator().manual_seed(0)),
-            law.initial(500, torch.Generator().manual_seed(1)),
+            distribution.sample(500, torch.Generator().manual_seed(0)),
+            distribution.initial(500, torch.Generator().manual_seed(1)),
         ]
     )
-    torch.testing.assert_close(finer(x), law(x), rtol=0.0, atol=1e-3)  # at the far ones; at draws:
-    torch.testing.assert_close(finer(x[:500]), law(x[:500]), rtol=0.0, atol=1e-7)
-    assert float((coarser(x) - law(x)).abs().max()) > 1e-3
+    # at the far ones, then at draws
+    torch.testing.assert_close(finer(x), distribution(x), rtol=0.0, atol=1e-3)
+    torch.testing.assert_close(finer(x[:500]), distribution(x[:500]), rtol=0.0, atol=1e-7)
+    assert float((coarser(x) - distribution(x)).abs().max()) > 1e-3
 
 
 def test_the_box_is_a_difference_of_two_normal_integrals() -> None:
-    law = TwoSpirals(dtype=F)
+    distribution = TwoSpirals(dtype=F)
     x = torch.linspace(-0.6, 0.6, 41, dtype=F)  # six deviations
-    half = 0.5 * law.box / law.noise
-    upper, lower = (torch.special.log_ndtr(-x.abs() / law.noise + side) for side in (half, -half))
-    exact = upper + torch.log1p(-torch.exp(lower - upper)) - math.log(law.box)
-    torch.testing.assert_close(law._log_noise(x), exact, rtol=0.0, atol=2e-6)
+    half = 0.5 * distribution.box / distribution.noise
+    upper, lower = (
+        torch.special.log_ndtr(-x.abs() / distribution.noise + side) for side in (half, -half)
+    )
+    exact = upper + torch.log1p(-torch.exp(lower - upper)) - math.log(distribution.box)
+    torch.testing.assert_close(distribution._log_noise(x), exact, rtol=0.0, atol=2e-6)
 
 
 def test_circles_are_noisy_curves() -> None:
@@ -272,9 +279,11 @@ def test_circles_are_noisy_curves() -> None:
         angle = 2.0 * math.pi * u
         return torch.stack([r * torch.stack([angle.cos(), angle.sin()], -1) for r in (3.0, 1.5)])
 
-    law = Circles(dtype=F)
-    x = law.initial(200, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(law(x), NoisyCurves(curve, 0.24, dtype=F)(x), rtol=0.0, atol=1e-9)
+    distribution = Circles(dtype=F)
+    x = distribution.initial(200, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        distribution(x), NoisyCurves(curve, 0.24, dtype=F)(x), rtol=0.0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in TOYS if name != "checkerboard"])
@@ -344,8 +353,8 @@ def test_bad_arguments_are_named(build: Callable[[], Target], said: str) -> None
 
 
 def test_the_recipe_sees_divergences() -> None:
-    """Of eight normal laws and the same with noise: the blurred density is that of wider ones, and
-    KL is 0 or a quadrature's."""
+    """Of eight normal distributions and the same with noise: the blurred density is that of wider
+    ones, and KL is 0 or a quadrature's."""
     toy = toy2d.TOYS["8 Gaussians"]
     grid = toy2d.DensityGrid(toy, 240)
     narrow = eight_gaussians(dtype=F)
@@ -361,8 +370,8 @@ def test_the_recipe_sees_divergences() -> None:
 
 
 def test_likelihood_on_a_grid_is_the_likelihood() -> None:
-    """Value and gradient in the width of a normal law, whose log Z is known; whatever the shift of
-    the grid."""
+    """Value and gradient in the width of a normal distribution, whose log Z is known; whatever the
+    shift of the grid."""
     scale = torch.tensor(1.2, dtype=F, requires_grad=True)
 
     class Wide(Energy):

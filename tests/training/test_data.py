@@ -431,6 +431,25 @@ def test_labels_are_refused_by_objectives_of_events(objective: Objective) -> Non
             trainer.step()
 
 
+def test_a_tuple_of_one_part_is_that_part() -> None:
+    energy = MLPEnergy((3,), dtype=F64)
+
+    class Single(Rows):
+        def __getitem__(self, k: int) -> Any:
+            return (super().__getitem__(k),)
+
+    expected = NUMBERS[:5]
+    loader = DataLoader(TensorDataset(NUMBERS), batch_size=5)
+    torch.testing.assert_close(batches_of(loader, energy, 5)(0), expected)
+    whole = batches_of(NUMBERS, energy, 5)(0)
+    for data in ((NUMBERS,), [NUMBERS.numpy()], TensorDataset(NUMBERS), Single()):
+        torch.testing.assert_close(batches_of(data, energy, 5)(0), whole)
+    history = fit(energy, ContrastiveDivergence(), loader, validation=loader, num_epochs=1)
+    assert len(history.steps) == 2
+    with pytest.raises(ValueError, match="must be finite, got nan"):
+        fit(energy, ContrastiveDivergence(), (NUMBERS * torch.nan,), num_steps=1)
+
+
 def test_functions_and_objectives_of_labels_take_tuples() -> None:
     def mean_energy(energy: Energy, batch: Any, *, generator: Any = None) -> Any:
         return energy(batch[0]).mean(), {}
@@ -518,9 +537,9 @@ def test_a_stream_needs_a_loader() -> None:
 
 
 def test_scores_of_samples_are_log_densities() -> None:
-    law = Gaussian(torch.zeros(2, dtype=F64), scale=2.0)
+    distribution = Gaussian(torch.zeros(2, dtype=F64), scale=2.0)
     truth = torch.distributions.Normal(0.0, 2.0).log_prob(NUMBERS[:, :2]).sum(1)
-    torch.testing.assert_close(law.score_samples(NUMBERS[:, :2]), truth)
+    torch.testing.assert_close(distribution.score_samples(NUMBERS[:, :2]), truth)
     energy = MLPEnergy((3,), dtype=F64)
     torch.testing.assert_close(energy.score_samples(NUMBERS), -energy(NUMBERS))
     flow = NICE(2, dtype=F64)

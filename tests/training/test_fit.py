@@ -21,16 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from pyroebm import Energy
-from pyroebm.energies import BernoulliRBM
+from pyroebm.energies import BernoulliRBM, MLPEnergy
 from pyroebm.flows import NICE
 from pyroebm.kernels import ULA
 from pyroebm.objectives import (
+    AdversarialFlow,
     ContrastiveDivergence,
+    Hybrid,
     Objective,
     PersistentCD,
     Pseudolikelihood,
     ReplayBufferCD,
     ReverseKL,
+    ShortRun,
 )
 from pyroebm.training import History, Trainer, fit, fit_steps, read_log
 from pyroebm.training.checkpoint import saved_seed
@@ -421,6 +424,57 @@ def test_early_stopping_and_the_best_weights(form: str) -> None:
     whole = fit(Well(), Count(), DATA, **options | {"patience": None})
     assert not whole.stopped_early
     assert whole.best_step == 5
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        PersistentCD(5),
+        Hybrid(ContrastiveDivergence(1, ULA(0.1))),
+        ShortRun(2, ULA(0.1)),
+        AdversarialFlow(NICE(2)),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+@pytest.mark.parametrize("options", [{"patience": 2}, {"keep_best": True}])
+def test_early_stopping_needs_a_loss_that_measures_the_fit(
+    objective: Objective, options: dict[str, Any]
+) -> None:
+    name = type(objective).__name__
+    said = f"{next(iter(options))} needs a validation_objective .* got {name}"
+    data: Any = torch.eye(2)
+    data = (data, torch.tensor([0, 1])) if objective.takes_labels else data
+    options = options | {"validation": data, "num_steps": 1}
+    with pytest.raises(ValueError, match=said):
+        fit(MLPEnergy((2,)), objective, data, **options)
+    with pytest.raises(ValueError, match=said):
+        fit(Well(), Count(), torch.eye(2), validation_objective=objective, **options)
+    assert Hybrid().measures_fit
+
+
+def test_the_metrics_of_the_validation_can_be_seen_by_name() -> None:
+    history = fit(
+        BernoulliRBM(2, 1), Pseudolikelihood(), torch.eye(2), num_steps=4, validation=torch.eye(2)
+    )
+    assert repr(history.validation).startswith("Metrics: 4 recorded steps\n  loss: ")
+    (ax,) = history.plot("validation_loss")
+    assert [line.get_label() for line in ax.lines] == ["validation"]
+    assert ax.get_ylabel() == "validation_loss"
+    (ax,) = history.plot("loss")
+    assert [line.get_label() for line in ax.lines] == ["training", "validation"]
+    with pytest.raises(KeyError, match=r"'validation_los': .*'validation_loss'"):
+        history.plot("validation_los")
+
+
+@pytest.mark.parametrize("call", [fit, fit_steps])
+def test_a_wrong_argument_is_named_with_the_function_that_was_called(call: Any) -> None:
+    name = call.__name__
+    with pytest.raises(TypeError, match=rf"^{name}\(\) .* 'epochs': did you mean num_epochs"):
+        call(Well(), Count(), DATA, epochs=3)
+    with pytest.raises(TypeError, match=rf"^{name}\(\) takes no argument 'zzz'$"):
+        call(Well(), Count(), DATA, zzz=3)
+    with pytest.raises(TypeError, match=rf"^{name}\(\): missing a required argument: 'objective'"):
+        call(Well())
 
 
 def test_best_weights_and_patience_are_in_the_checkpoint(tmp_path: Path) -> None:

@@ -23,7 +23,16 @@ from pyroebm.core.rng import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.kernels import ULA
 from pyroebm.objectives import ContrastiveDivergence, HasLosses, Objective, ReplayBufferCD
-from pyroebm.training import Batches, Guard, Step, TrainingLog, fit, fit_steps, read_log
+from pyroebm.training import (
+    Batches,
+    Guard,
+    Step,
+    TrainingLog,
+    fit,
+    fit_steps,
+    guards,
+    read_log,
+)
 
 F64 = torch.float64
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,14 +232,13 @@ def test_a_parameter_without_gradient() -> None:
 # Guards
 
 
-def test_a_rollback_goes_back_and_goes_on() -> None:
+def test_a_rollback_goes_back_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters, momenta and chains of the last kept step; the random numbers and the data of the
     next."""
+    monkeypatch.setattr(guards, "COPY_EVERY", 3)
     energy, objective = net(), Shaken((7,))
     states: dict[int, dict[str, Tensor]] = {}
-    run = fit_steps(
-        energy, objective, DATA, num_steps=12, batch_size=6, guard=Guard(rollback=True, every=3)
-    )
+    run = fit_steps(energy, objective, DATA, num_steps=12, batch_size=6, guard=Guard(rollback=True))
     found = []
 
     def watch() -> None:
@@ -320,7 +328,7 @@ def test_a_gap_out_of_bounds() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"every": 0}, {"max_rollbacks": 0}, {"max_energy_gap": -1.0}, {"max_energy_gap": math.nan}],
+    [{"max_rollbacks": 0}, {"max_energy_gap": -1.0}, {"max_energy_gap": math.nan}],
 )
 def test_guards_at_the_front_door(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
@@ -423,12 +431,13 @@ SCRIPT = """
     import os, signal, sys, warnings
     sys.path[:0] = ["tests", "tests/training"]
     from test_guards import *
+    from pyroebm.training import trainer
     warnings.simplefilter("ignore")
     folder, kill = sys.argv[1], int(sys.argv[3])
     objective, energy = eval(CASES[sys.argv[2]]), net()
     options = dict(checkpoint=folder + "/run.safetensors", log=folder + "/run.jsonl")
-    options["checkpoint_every"] = 0.0 if kill % 2 else 1e9
-    guard = Guard(rollback=True, every=5)
+    trainer.CHECKPOINT_EVERY, guards.COPY_EVERY = 0.0 if kill % 2 else 1e9, 5
+    guard = Guard(rollback=True)
     options |= dict(num_steps=20, batch_size=7, resume=True, guard=guard)
     for step in fit_steps(energy, objective, DATA, **options):
         if step.number == kill:
@@ -445,7 +454,7 @@ def whole(case: str, log: Path) -> dict[str, Tensor]:
             DATA,
             num_steps=20,
             batch_size=7,
-            guard=Guard(rollback=True, every=5),
+            guard=Guard(rollback=True),
             log=log,
         )
     )
@@ -457,9 +466,12 @@ def whole(case: str, log: Path) -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:fit. at step")
 @pytest.mark.parametrize("case", CASES)
-def test_killed_and_resumed_is_uninterrupted(case: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_uninterrupted(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed within a step, its line written and its checkpoint too; resumed, parameters, buffers
     and log are the same."""
+    monkeypatch.setattr(guards, "COPY_EVERY", 5)
     truth = whole(case, tmp_path / "whole.jsonl")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), case, "11"]
@@ -473,7 +485,7 @@ def test_killed_and_resumed_is_uninterrupted(case: str, tmp_path: Path) -> None:
     options = {
         "checkpoint": tmp_path / "run.safetensors",
         "resume": True,
-        "guard": Guard(rollback=True, every=5),
+        "guard": Guard(rollback=True),
     }
     rest = end(
         fit_steps(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pyroebm import Energy
 from pyroebm.data import bars_and_stripes
 from pyroebm.energies import BernoulliRBM, ClassifierEnergy, MLPEnergy
+from pyroebm.flows import NICE
 from pyroebm.kernels import ULA, IndependenceMetropolis
 from pyroebm.objectives import (
     Centering,
     ContrastiveDivergence,
     DenoisingScoreMatching,
     ExactLikelihood,
+    ForwardKL,
     Hybrid,
+    NoiseContrastive,
     PersistentCD,
     Pseudolikelihood,
     ReplayBufferCD,
+    ReverseKL,
     Sparsity,
 )
+from pyroebm.targets import Gaussian
 from pyroebm.training import Batches, Step, fit, fit_steps, optimizers
 from pyroebm.training.checkpoint import Checkpoint, settings_of
 from pyroebm.training.optimizers import parameter_groups
@@ -392,7 +398,7 @@ def test_a_forgotten_generator_is_caught(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_error_within_a_step_is_not_saved(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
-    run = fit_steps(rbm(), Exploding(), DATA, num_steps=10, checkpoint=path, checkpoint_every=1e9)
+    run = fit_steps(rbm(), Exploding(), DATA, num_steps=10, checkpoint=path)
     with pytest.raises(FloatingPointError):
         list(run)
     assert not path.exists()
@@ -419,7 +425,7 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
             resume=True,
             **options,
         )
-    with pytest.raises(ValueError, match="must be that of this module"):
+    with pytest.raises(ValueError, match=r"module.call is .*num_hidden=3.* and .*num_hidden=7"):
         fit(
             BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype),
             ContrastiveDivergence(),
@@ -470,7 +476,6 @@ def test_a_checkpoint_is_of_one_kernel_and_of_the_objectives_inside(tmp_path: Pa
         {"max_grad_norm": -1.0},
         {"max_grad_norm": math.nan},
         {"weight_decay": -0.1},
-        {"checkpoint_every": -1.0},
     ],
 )
 def test_numbers_that_would_turn_a_step_around_are_refused(wrong: dict[str, Any]) -> None:
@@ -515,3 +520,91 @@ def test_a_checkpoint_is_of_one_ladder_and_one_estimator(
             resume=True,
             **options,
         )
+
+
+def test_a_checkpoint_knows_its_data_module_and_target(tmp_path: Path) -> None:
+    """Whatever a training does not change and that differs is named with both values."""
+    data = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"checkpoint": tmp_path / "a.safetensors", "resume": True}
+
+    def net(**settings: Any) -> MLPEnergy:
+        return MLPEnergy((2,), **{"hidden_sizes": (4,), "activation": "silu"} | settings)
+
+    def run(energy: Energy, rows: Any, steps: int, **more: Any) -> None:
+        fit(energy, DenoisingScoreMatching(0.1), rows, num_steps=steps, **options, **more)
+
+    run(net(), data, 2, validation=data)
+    # other initial weights, and the same rows in another form: both are the checkpoint's
+    run(MLPEnergy((2,), (4,)), data.double().numpy(), 3, validation=data)
+    other = data.clone()
+    other[-1] += 1.0
+    for energy, rows, held, message in (
+        (net(), other, data, "data is .* checksum .* in the checkpoint and"),
+        (net(), data[:7], data, r"data is \(8, 2\), .* and \(7, 2\), .* here"),
+        (net(), data, other, "validation is"),
+        (net(activation="tanh"), data, data, "module.call is .*silu.* and .*tanh.* here"),
+        (net(activation="tanh"), data, data, r"module\.net\.\S* is SiLU\(\).* and Tanh"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)settings of this training.*{message}"):
+            run(energy, rows, 4, validation=held)
+
+
+@pytest.mark.parametrize(
+    ("kept", "changed", "message"),
+    [
+        (
+            lambda: ReverseKL(Gaussian(torch.zeros(2))),
+            lambda: ReverseKL(Gaussian(torch.ones(2))),
+            "objective.energy.tensors is",
+        ),
+        (
+            lambda: ReverseKL(Gaussian(torch.zeros(2))),
+            lambda: ReverseKL(Gaussian(torch.zeros(2)) * 0.5),
+            r"objective.energy.call is Gaussian.* and Tempered\(energy=Gaussian, beta=0.5\) here",
+        ),
+        (
+            lambda: ForwardKL(torch.zeros(5, 2)),
+            lambda: ForwardKL(torch.ones(5, 2)),
+            "objective.tensors is",
+        ),
+    ],
+    ids=["parameters", "temperature", "draws"],
+)
+def test_a_checkpoint_knows_the_target_of_a_flow(
+    kept: Any, changed: Any, message: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"checkpoint": tmp_path / "flow.safetensors", "resume": True}
+    objective, flow = kept(), NICE(2)
+    fit(flow, objective, num_steps=2, **options)
+    fit(flow, objective, num_steps=3, **options)  # trained objects, in the same process
+    fit(NICE(2), kept(), num_steps=4, **options)
+    with pytest.raises(ValueError, match=f"(?s)settings of this training.*{message}"):
+        fit(NICE(2), changed(), num_steps=5, **options)
+
+
+def gaussian_energy(scale: float) -> Energy:
+    return Gaussian(torch.zeros(2), scale=scale)
+
+
+def gaussian_distribution(scale: float) -> Any:
+    return dist.Normal(torch.zeros(2), scale).to_event(1)
+
+
+@pytest.mark.parametrize("noise", [gaussian_energy, gaussian_distribution])
+def test_a_checkpoint_knows_the_noise_of_its_contrast(noise: Any, tmp_path: Path) -> None:
+    data = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+
+    def run(scale: float, steps: int) -> None:
+        fit(
+            MLPEnergy((2,), (4,)),
+            NoiseContrastive(noise(scale)),
+            data,
+            num_steps=steps,
+            checkpoint=tmp_path / "noise.safetensors",
+            resume=True,
+        )
+
+    run(1.0, 1)
+    run(1.0, 2)
+    with pytest.raises(ValueError, match=r"(?s)settings of this training.*objective.\S* is "):
+        run(2.0, 3)

@@ -18,6 +18,7 @@ from pyroebm.kernels.adaptation.step_size import (
     shared_mean,
 )
 from pyroebm.kernels.base import AnyState, HasGradient, Info, Kernel, Steps, rows
+from pyroebm.kernels.metric import Metric, scaled
 
 __all__ = [
     "Adaptation",
@@ -32,6 +33,16 @@ __all__ = [
 
 METRICS = ("diagonal", "dense", "low_rank")
 STEP_SIZES = ("grouped", "per_chain", "pooled")
+
+#: Number of steps of the initial buffer.
+INITIAL = 15
+#: Number of steps of the first window. It is earlier than Stan's: the draws of many chains soon
+#: determine a rough metric, and with the identity one step of NUTS may need hundreds of gradients.
+FIRST = 15
+#: Number of steps of the final buffer.
+FINAL = 50
+#: For a low-rank metric, the number of leading directions of the draws, and of the gradients.
+RANK = 32
 
 
 @runtime_checkable
@@ -66,20 +77,13 @@ class Adaptation(Protocol):
         """
 
 
-def windows(
-    num_steps: int, initial: int = 15, first: int = 15, final: int = 50
-) -> list[tuple[int, int]]:
+def windows(num_steps: int) -> list[tuple[int, int]]:
     """Return the half-open windows ``[start, stop)`` in which a metric is learned.
 
-    The lengths double, between an initial and a final buffer, as in Stan. The first window is
-    earlier than Stan's: the draws of many chains soon determine a rough metric, and with the
-    identity one step of NUTS may need hundreds of gradients.
+    The lengths double, between an initial and a final buffer, as in Stan.
 
     Args:
         num_steps: number of warm-up steps.
-        initial: length of the initial buffer.
-        first: length of the first window.
-        final: length of the final buffer.
 
     Example:
         >>> windows(1000)
@@ -90,12 +94,13 @@ def windows(
     # Too short: a new metric needs a new step size, which takes some steps to adapt.
     if num_steps < 20:
         return []
-    if initial + first + final > num_steps:
+    initial, final = INITIAL, FINAL
+    size = FIRST
+    if initial + size + final > num_steps:
         initial, final = int(0.15 * num_steps), int(0.5 * num_steps)
-        first = num_steps - initial - final
+        size = num_steps - initial - final
     found = []
     start = initial
-    size = first
     while start < num_steps - final:
         stop = start + size
         # The next window would not fit, so this one extends to the final buffer.
@@ -136,7 +141,8 @@ class WindowAdaptation:
     The metric is learned from the draws of all chains, so many chains learn it in few steps. Chains
     that have not moved since the window began are left out. A chain with a non-finite energy or
     gradient keeps its previous state and reports acceptance 0, so nothing non-finite enters the
-    adaptation. A window that does not determine a metric keeps the previous one.
+    adaptation. A window that does not determine a metric keeps the previous one, except that with
+    a fixed step size the variances are divided by 1000 where no chain moved.
 
     Args:
         target_acceptance: acceptance rate to aim at; None uses the kernel's own.
@@ -147,10 +153,6 @@ class WindowAdaptation:
             for all, adapted to their mean acceptance rate, which counts as 0 until the end of the
             last window while a chain has not moved; None does not adapt it. Kernels on discrete
             supports have one for all, adapted to the mean acceptance rate.
-        initial: length of the initial buffer.
-        first: length of the first window.
-        final: length of the final buffer.
-        rank: for "low_rank", number of leading directions of the draws, and of the gradients.
         blocks: for "dense", tuples of entries of the flattened event. Covariances are learned
             within each tuple, and variances of the entries that are in none; None is one block of
             all entries.
@@ -174,10 +176,6 @@ class WindowAdaptation:
     metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
     step_size: Literal["grouped", "per_chain", "pooled"] | None = "grouped"
     _: dataclasses.KW_ONLY
-    initial: int = 15
-    first: int = 15
-    final: int = 50
-    rank: int = 32
     blocks: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -196,8 +194,6 @@ class WindowAdaptation:
                 f"step_size must be one of {', '.join(map(repr, STEP_SIZES))}, or None, got"
                 f" step_size={self.step_size!r}"
             )
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got rank={self.rank}")
         if self.blocks is not None:
             entries = [entry for block in self.blocks for entry in block]
             if self.metric != "dense" or len(set(entries)) < len(entries):
@@ -280,7 +276,7 @@ class WindowAdaptation:
             adaptation_state.together is None or bool(adaptation_state.together.any())
         ):
             return 0
-        ends = [stop for _, stop in self._windows(num_steps) if stop > adaptation_state.step]
+        ends = [stop for _, stop in windows(num_steps) if stop > adaptation_state.step]
         return (ends[0] if ends else num_steps) - adaptation_state.step
 
     def aims_at(self, kernel: Kernel[Any]) -> float | None:
@@ -318,7 +314,7 @@ class WindowAdaptation:
         tuning, pooled, together, moved, rates, step = adaptation_state
         if moved is None or rates is None or together is None:
             return kernel, adaptation_state._replace(step=step + taken.number)
-        plan = self._windows(num_steps)
+        plan = windows(num_steps)
         # Update step by step: the result must not depend on how many steps arrive at once.
         for i in range(taken.number):
             rates = rates + taken.info.acceptance_rate[i]
@@ -352,7 +348,10 @@ class WindowAdaptation:
         tuning, pooled, together, moved, rates, step = adaptation_state
         if pooled is not None:
             before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None
-            learned = pooled.metric(before)
+            learned: Tensor | Metric | None = pooled.metric(before)
+            if tuning is None and moved is not None and not bool(moved.any()):
+                # Only the metric can make the steps shorter.
+                learned = scaled(kernel.inverse_mass, 1e-3, rows(state.x))
             kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
             pooled = self._empty(kernel, state)
         if tuning is not None and rates is not None:
@@ -399,15 +398,12 @@ class WindowAdaptation:
         kernel = kernel.replace(step_size=_shared(size, together))
         return kernel, adaptation_state._replace(together=together)
 
-    def _windows(self, steps: int) -> list[tuple[int, int]]:
-        return windows(steps, self.initial, self.first, self.final)
-
     def _overdue(self, adaptation_state: Warmup, info: Info, target: float, steps: int) -> Tensor:
         """Return the chains that have not moved since the window began and should have.
 
         A chain accepted at the target rate has moved in so many steps with probability 1 - 1e-4.
         """
-        plan, step = self._windows(steps), adaptation_state.step
+        plan, step = windows(steps), adaptation_state.step
         seen = step + 1 - max([stop for _, stop in plan if stop <= step], default=0)
         late = (1.0 - target) ** seen < 1e-4 and (not plan or step < plan[-1][1])
         moved = (
@@ -447,7 +443,7 @@ class WindowAdaptation:
                 "metric='low_rank' is learned from gradients, but the states of"
                 f" {type(kernel).__name__} have none: use metric='diagonal' or metric='dense'"
             )
-        return PooledDraws.start(q, self.rank)
+        return PooledDraws.start(q, RANK)
 
 
 def _shared(sizes: float | Tensor, together: Tensor) -> float | Tensor:

@@ -36,7 +36,6 @@ class CompiledKL(ReverseKL):
     Args:
         energy: as in :class:`ReverseKL`.
         num_samples: as in :class:`ReverseKL`.
-        entropy: as in :class:`ReverseKL`.
         gradient: as in :class:`ReverseKL`.
         beta_start: as in :class:`ReverseKL`.
         anneal: as in :class:`ReverseKL`.
@@ -66,8 +65,8 @@ class CompiledKL(ReverseKL):
         if self._cached is None or self._cached[0] != key:
             with torch.no_grad():
                 # an energy may cache what it computes at its first call: outside of tracing
-                kl_summands(flow, self.energy, z, self.entropy)
-            traced = _Traced(flow, self.energy, self.entropy, self.gradient)
+                kl_summands(flow, self.energy, z)
+            traced = _Traced(flow, self.energy, self.gradient)
             # keep the tensors alive, so that their ids are not reused
             self._cached = key, tensors, traced, traced.compiled(z, z.new_tensor(self.beta))
         _, _, traced, call = self._cached
@@ -82,11 +81,11 @@ class CompiledKL(ReverseKL):
 class _Traced(nn.Module):
     """The estimate as a pure function of noise, inverse temperature and trained parameters."""
 
-    def __init__(self, flow: Flow, energy: Energy, entropy: str, gradient: str) -> None:
+    def __init__(self, flow: Flow, energy: Energy, gradient: str) -> None:
         super().__init__()
         self.flow = flow
         self.energy = energy
-        self.options = entropy, gradient
+        self.gradient = gradient
         trained = {f"flow.{name}": p for name, p in flow.named_parameters() if p.requires_grad}
         self.names, self.trained = list(trained), list(trained.values())
 
@@ -113,7 +112,7 @@ class _Traced(nn.Module):
         return *(tensor.detach() for tensor in found), *gradients
 
     def forward(self, z: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        return estimate_kl(self.flow, _Scaled(self.energy, beta), z, *self.options)
+        return estimate_kl(self.flow, _Scaled(self.energy, beta), z, self.gradient)
 
 
 class _Scaled(Energy):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import uniform
 from pyroebm.flows.flow import Flow
@@ -59,13 +61,14 @@ class ForwardKL(FlowObjective):
         True
     """
 
+    constants = ("draws", "cumulative")
     draws: Tensor
     cumulative: Tensor
 
     def __init__(
         self,
-        draws: Tensor,
-        log_weights: Tensor | None = None,
+        draws: Tensor | np.ndarray,
+        log_weights: Tensor | np.ndarray | None = None,
         *,
         energy: Energy | None = None,
         num_samples: int = 512,
@@ -76,12 +79,17 @@ class ForwardKL(FlowObjective):
             raise ValueError(f"gradient must be 'total' or 'path', got gradient={gradient!r}")
         if gradient == "path" and energy is None:
             raise ValueError("energy must be given for gradient='path', got energy=None")
+        draws = _as_draws(draws, energy)
         if not len(draws) or not bool(torch.isfinite(draws).all()):
             raise ValueError(
                 "draws must have at least one row and finite entries, got shape"
                 f" {tuple(draws.shape)} with {int((~draws.isfinite()).sum())} non-finite entries"
             )
-        log_weights = draws.new_zeros(len(draws)) if log_weights is None else log_weights
+        log_weights = (
+            draws.new_zeros(len(draws))
+            if log_weights is None
+            else as_tensor(log_weights, torch.float64, draws.device, "log_weights")
+        )
         if log_weights.shape != (len(draws),) or not bool(torch.isfinite(log_weights.max()).all()):
             raise ValueError(
                 f"log_weights must have shape ({len(draws)},) and a finite maximum, got shape"
@@ -173,18 +181,20 @@ class LogVariance(FlowObjective):
         True
     """
 
+    constants = ("draws",)
     draws: Tensor | None
 
     def __init__(
         self,
         energy: Energy,
-        draws: Tensor | None = None,
+        draws: Tensor | np.ndarray | None = None,
         *,
         num_samples: int = 512,
         beta_start: float = 0.1,
         anneal: float = 0.4,
     ) -> None:
         super().__init__(energy, num_samples, min_samples=4, beta_start=beta_start, anneal=anneal)
+        draws = None if draws is None else _as_draws(draws, energy)
         if draws is not None and not (len(draws) and bool(torch.isfinite(draws).all())):
             raise ValueError(
                 "draws must have at least one row and finite entries, got shape"
@@ -213,3 +223,10 @@ class LogVariance(FlowObjective):
         if self.draws is None:
             metrics["negative_elbo"] = -metrics["log_weight"]
         return 0.5 * log_weights.var(), metrics
+
+
+def _as_draws(draws: Tensor | np.ndarray, energy: Energy | None) -> Tensor:
+    """Return draws as a tensor: arrays have the energy's dtype, torch's default without one."""
+    if energy is None:
+        return as_tensor(draws, torch.get_default_dtype(), torch.device("cpu"), "draws")
+    return as_tensor(draws, energy.dtype, energy.device, "draws")

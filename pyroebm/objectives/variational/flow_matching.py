@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.flows.equivariant import EquivariantFlow
 
 __all__ = ["match_flow"]
 
+#: Number of pairs that are processed at once.
+BATCH_SIZE = 500
+
 
 @torch.no_grad()
 def match_flow(
     flow: EquivariantFlow,
-    draws: Tensor,
+    draws: Tensor | np.ndarray,
     num_pairs: int = 20_000,
     ridge: float = 1e-4,
     *,
-    batch_size: int = 500,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> float:
@@ -40,11 +44,10 @@ def match_flow(
 
     Args:
         flow: the flow, whose weights are replaced.
-        draws: u, shape ``(n, d)``, of the flow's dtype.
+        draws: u, shape ``(n, d)``: a tensor of the flow's dtype, or a NumPy array.
         num_pairs: number of pairs of a draw and noise; draws are chosen with replacement.
         ridge: :math:`\lambda`, in units of the mean diagonal of :math:`E\, F^\top F`; positive,
             since some weights may belong to distances that no pair has.
-        batch_size: number of pairs that are processed at once.
         generator: source of the pairs; None is torch's default generator.
         progress: True shows progress, False hides it, None shows it after one second.
 
@@ -71,9 +74,10 @@ def match_flow(
         ... )
         2.0
     """
-    check_counts({"num_pairs": 1, "batch_size": 1}, num_pairs, batch_size)
+    check_counts({"num_pairs": 1}, num_pairs)
     if not 0.0 < ridge < math.inf:
         raise ValueError(f"ridge must be positive and finite, got ridge={ridge}")
+    draws = as_tensor(draws, flow.dtype, flow.device, "draws")
     if (
         draws.dim() != 2
         or not len(draws)
@@ -91,11 +95,9 @@ def match_flow(
     weights = flow.field.weights
     gram = torch.zeros(weights.numel(), weights.numel(), dtype=torch.float64, device=flow.device)
     moment, total = gram.new_zeros(len(gram)), 0.0
-    sizes = [batch_size] * (num_pairs // batch_size) + [num_pairs % batch_size] * (
-        num_pairs % batch_size > 0
-    )
     with Progress(num_pairs, "match_flow", "pair", progress) as shown:
-        for n in sizes:
+        for start in range(0, num_pairs, BATCH_SIZE):
+            n = min(BATCH_SIZE, num_pairs - start)
             chosen = (uniform((n,), generator, torch.float64, flow.device) * len(draws)).long()
             u, z = draws[chosen], standard_normal((n, flow.dim), generator, flow.dtype, flow.device)
             t = uniform((n,), generator, flow.dtype, flow.device)

@@ -16,54 +16,48 @@ from pyroebm.objectives.variational.base import FlowObjective
 
 __all__ = [
     "ReverseKL",
-    "check_options",
+    "check_gradient",
     "estimate_augmented_kl",
     "estimate_kl",
     "kl_summands",
 ]
 
+#: Number of draws that are evaluated at once.
+BATCH_SIZE = 65_536
 
-def kl_summands(
-    flow: Flow, energy: Energy, z: Tensor, entropy: str = "sampled"
-) -> tuple[Tensor, Tensor, Tensor]:
+
+def kl_summands(flow: Flow, energy: Energy, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return the summands of :math:`J_R - \log C` at noise z ``(n, D)``.
 
     Returns:
         The summands ``(n,)``, the augmented energies ``(n,)``, and (x, y) ``(n, D)``.
     """
     xy, log_q = flow.forward_and_log_prob(z)
-    return *_summands(flow, energy, xy, log_q, entropy), xy
+    augmented = flow.extend(energy)(xy)
+    return augmented + log_q, augmented, xy
 
 
 def estimate_kl(
-    flow: Flow, energy: Energy, z: Tensor, entropy: str = "sampled", gradient: str = "stl"
+    flow: Flow, energy: Energy, z: Tensor, gradient: str = "stl"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the mean of the summands with the chosen gradient, and :func:`kl_summands`.
 
-    The options are those of :class:`ReverseKL`.
+    ``gradient`` is that of :class:`ReverseKL`.
     """
     if gradient == "total":
-        summands, augmented, xy = kl_summands(flow, energy, z, entropy)
+        summands, augmented, xy = kl_summands(flow, energy, z)
         return summands.mean(), summands, augmented, xy
     xy, log_q, path_log_q = flow.forward_and_path_log_prob(z)
-    summands, augmented = _summands(flow, energy, xy, log_q, entropy)
+    augmented = flow.extend(energy)(xy)
+    summands = augmented + log_q
     path = (augmented + path_log_q).mean()
     return path + (summands.mean() - path).detach(), summands, augmented, xy
 
 
-def _summands(
-    flow: Flow, energy: Energy, xy: Tensor, log_q: Tensor, entropy: str
-) -> tuple[Tensor, Tensor]:
-    augmented = flow.extend(energy)(xy)
-    return augmented + (log_q if entropy == "sampled" else -flow.joint_entropy()), augmented
-
-
-def check_options(entropy: str = "sampled", gradient: str = "stl") -> None:
-    """Raise ValueError unless both are options of :class:`ReverseKL`."""
-    known = {"entropy": ("sampled", "exact"), "gradient": ("stl", "total")}
-    for name, value in (("entropy", entropy), ("gradient", gradient)):
-        if value not in known[name]:
-            raise ValueError(f"{name} must be one of {known[name]}, got {name}={value!r}")
+def check_gradient(gradient: str) -> None:
+    """Raise ValueError unless this is an option of :class:`ReverseKL`."""
+    if gradient not in ("stl", "total"):
+        raise ValueError(f"gradient must be one of ('stl', 'total'), got gradient={gradient!r}")
 
 
 class ReverseKL(FlowObjective):
@@ -76,8 +70,10 @@ class ReverseKL(FlowObjective):
 
     with :math:`p(x) = e^{-U(x)} / C` and :math:`J_R \ge KL(q(x) \| p) \ge 0`. For D = d it is the
     divergence J itself. The loss is :math:`J_R - \log C`, the negative ELBO of the model
-    :math:`p(x) N(y \mid M(x), \Sigma(x))` with the flow as guide (:mod:`pyroebm.ppl.svi`). An
-    estimate of :math:`J_R` may be slightly negative, within its standard error.
+    :math:`p(x) N(y \mid M(x), \Sigma(x))` with the flow as guide (:mod:`pyroebm.ppl.svi`). For H(z)
+    it has :math:`-\log N(z)` at the drawn z, which has the same mean and gradient and, near the
+    optimum, a far smaller variance. So an estimate of :math:`J_R` may be slightly negative, within
+    its standard error.
 
     Metrics: ``negative_elbo`` (the loss), its ``standard_error``, ``augmented_energy`` (the mean of
     :math:`\beta U(x) - \log N(y \mid M, \Sigma)`), ``beta``, and ``augmented_kl`` (:math:`J_R`)
@@ -86,9 +82,6 @@ class ReverseKL(FlowObjective):
     Args:
         energy: U.
         num_samples: draws for each loss, at least 2.
-        entropy: ``"sampled"``: H(z) is replaced by :math:`-\log N(z)` at the drawn z, which has the
-            same mean and, near the optimum, gives an estimate of far smaller variance; ``"exact"``:
-            H(z) in closed form. The gradients are the same.
         gradient: ``"stl"``: the path derivative of "sticking the landing" (Roeder, Wu and Duvenaud,
             2017), which has no variance where the flow is the target; or ``"total"``, with the same
             mean and two thirds of the cost, which needs more steps for the same fit.
@@ -112,14 +105,13 @@ class ReverseKL(FlowObjective):
         energy: Energy,
         num_samples: int = 512,
         *,
-        entropy: str = "sampled",
         gradient: str = "stl",
         beta_start: float = 0.1,
         anneal: float = 0.4,
     ) -> None:
         super().__init__(energy, num_samples, beta_start=beta_start, anneal=anneal)
-        check_options(entropy, gradient)
-        self.entropy, self.gradient = entropy, gradient
+        check_gradient(gradient)
+        self.gradient = gradient
 
     def loss(
         self, flow: Flow, generator: torch.Generator | None = None
@@ -142,7 +134,7 @@ class ReverseKL(FlowObjective):
 
     def estimate(self, flow: Flow, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return :func:`estimate_kl` of the target at noise z ``(n, D)``."""
-        return estimate_kl(flow, self.target, z, self.entropy, self.gradient)
+        return estimate_kl(flow, self.target, z, self.gradient)
 
 
 @torch.no_grad()
@@ -152,8 +144,6 @@ def estimate_augmented_kl(
     num_samples: int = 100_000,
     *,
     log_z: float | None = None,
-    entropy: str = "sampled",
-    batch_size: int = 65_536,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> tuple[float, float]:
@@ -165,8 +155,6 @@ def estimate_augmented_kl(
         num_samples: number of draws.
         log_z: log C; None is ``energy.log_z``. Give 0.0 for :math:`J_R - \log C`, which does not
             depend on log C.
-        entropy: as in :class:`ReverseKL`.
-        batch_size: number of draws that are evaluated at once.
         generator: source of the draws; None is torch's default generator.
         progress: True shows progress, False hides it, None shows it after one second.
 
@@ -191,17 +179,16 @@ def estimate_augmented_kl(
             f"log C of {type(energy).__name__} is not known: give log_z, or log_z=0.0 for J_R -"
             " log C"
         )
-    check_counts({"num_samples": 2, "batch_size": 2}, num_samples, batch_size)
-    check_options(entropy)
+    check_counts({"num_samples": 2}, num_samples)
     check_weighable(energy)
     parts = []
     with (
         eval_mode(energy),
         Progress(num_samples, "estimate_augmented_kl", "draw", progress) as shown,
     ):
-        for start in range(0, num_samples, batch_size):
-            z = flow.rsample_base(min(batch_size, num_samples - start), generator)
-            parts.append(kl_summands(flow, energy, z, entropy)[0].double())
+        for start in range(0, num_samples, BATCH_SIZE):
+            z = flow.rsample_base(min(BATCH_SIZE, num_samples - start), generator)
+            parts.append(kl_summands(flow, energy, z)[0].double())
             shown.update(len(z))
     terms = torch.cat(parts)
     return float(terms.mean()) + log_z, float(terms.std()) / math.sqrt(num_samples)

@@ -186,10 +186,6 @@ def test_annealing_from_a_flow_to_its_target() -> None:
             "num_temperatures must be an integer of at least 1, got num_temperatures=0",
         ),
         (lambda: AlphaBootstrap(DoubleWell(), kernel=MALA()), "kernel must be an HMC, got MALA"),
-        (
-            lambda: AlphaBootstrap(DoubleWell(), max_correction=0.5),
-            "max_correction must be at least 1",
-        ),
     ],
 )
 def test_refusals(make: object, said: str) -> None:
