@@ -131,8 +131,8 @@ class _Posteriors(Energy):
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         return self.joint.posterior.initial(num_chains, generator)
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
-        return self.joint.posterior.named(x, site)
+    def named(self, x: Tensor) -> dict[str, Tensor]:
+        return self.joint.posterior.named(x)
 
 
 class Uniformity(NamedTuple):

@@ -37,7 +37,9 @@ class MaternPyroModel:
     _outputscale_prior_rate: float | None = None
 
     def __init__(self, x: Tensor, y: Tensor, noise: Tensor | None = None) -> None:
-        self.train_X, self.train_Y, self.train_Yvar = x, y, noise
+        self.train_X = x
+        self.train_Y = y
+        self.train_Yvar = noise
 
 
 class SaasPyroModel(MaternPyroModel):
