@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("partition", "objectives"),
     ("training", "ppl"),
     ("infer",),
+    ("calibration",),
     ("pyroebm",),
     ("cli",),
     ("__main__",),
