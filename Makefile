@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo test reseed pyro-tests setup lint format types doctest readme notebooks wheel-check matrix benchmark clean distclean help
+.PHONY: demo test reseed pyro-tests setup lint format types doctest readme notebooks wheel-check matrix benchmark clients clean distclean help
 
 demo: .venv/.installed ## Install what is needed, run the demo, write its figures and report to demo/
 	$(BIN)/pyroebm demo --out demo
@@ -65,12 +65,16 @@ benchmark: .venv/.installed-dev ## Run the benchmarks: all, or NAME=name; ARGS=-
 	  echo "$(BIN)/python -m $$module $(ARGS)"; $(BIN)/python -m "$$module" $(ARGS); \
 	done
 
+clients: .venv-clients/.installed .venv-botorch/.installed ## Run BoTorch, GPyTorch, sbi and Pyro's modules with our classes, in environments of their own (gigabytes)
+	$(TEST_ENV) .venv-clients/bin/python scripts/clients.py $(ARGS)
+	$(TEST_ENV) .venv-botorch/bin/python scripts/botorch_saas.py
+
 clean: ## Remove what was built: caches, wheels, the demo's and the recipes' output
 	rm -rf build dist demo runs .mypy_cache .ruff_cache .pytest_cache
 	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## ... and the virtual environment
-	rm -rf .venv
+	rm -rf .venv .venv-clients .venv-botorch
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -92,3 +96,8 @@ help: ## List these targets
 	@echo "Installing pyroebm and what a developer needs in .venv (about a minute) ..."
 	$(PIP_INSTALL) -e '.[dev,flows]'
 	@touch .venv/.installed $@
+
+.venv-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -qq --no-input --disable-pip-version-check -c constraints-$*.txt -e '.[$*]'
+	@touch $@

@@ -50,7 +50,9 @@ NOT_COUNTS = {
 #: What drives a run takes a seed and records it; all else takes a generator.
 DRIVERS = {
     "pyroebm.cli*",
+    "pyroebm.calibration.*",
     "pyroebm.mcmc.sampler.MCMC",
+    "pyroebm.ppl.botorch.fit_fully_bayesian_model",
     "pyroebm.training.fit.fit*",
     "pyroebm.training.selection.select_total_dim",
     "pyroebm.training.trainer.Trainer",
