@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import pyro
 import pyro.infer
 from pyro import poutine
+from pyro.infer.inspect import get_dependencies
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyroebm.diagnostics.pyro_model import ModelCall, trace_draws, trace_model
@@ -41,11 +45,12 @@ class Predictive(pyro.infer.Predictive):
         infer_discrete: draw the discrete latent variables without draws from their distribution
             given the data and the draws of the others, as NumPyro's argument of this name does:
             the labels of a mixture whose labels were summed out. They are drawn jointly, by
-            ``pyro.infer.infer_discrete``.
+            ``pyro.infer.infer_discrete``, and then the continuous sites without draws.
 
     Raises:
         ValueError: if neither ``posterior_samples`` nor ``num_samples`` is given; if the posterior
-            samples have different numbers of draws.
+            samples have different numbers of draws; in the call, if ``infer_discrete`` would need
+            draws of a continuous variable, on which data depend.
 
     Example:
         >>> import torch
@@ -128,10 +133,15 @@ class Predictive(pyro.infer.Predictive):
             return {name: nodes[name]["value"] for name in names}
 
         def given_data(model: Callable[..., Any]) -> Callable[..., Any]:
-            enumerated = pyro.infer.config_enumerate(model)
+            nesting = _nesting(first)
             return pyro.infer.infer_discrete(
-                enumerated, first_available_dim=-1 - _nesting(first), temperature=1
+                pyro.infer.config_enumerate(_WithoutEvidence(nesting)(model)),
+                first_available_dim=-1 - nesting,
+                temperature=1,
             )
+
+        if infer_discrete:
+            _check_evidence(call, {name: value[0] for name, value in samples.items()}, first)
 
         found = trace_draws(
             call,
@@ -143,6 +153,73 @@ class Predictive(pyro.infer.Predictive):
             handler=given_data if infer_discrete else None,
         )
         return found, first
+
+
+class _WithoutEvidence(Messenger):
+    """Set the density of free sites to 1 in both runs of ``infer_discrete``.
+
+    The first run enumerates the discrete sites, the second one has draws of them. A value that does
+    not depend on them is that of the first run, the others are drawn again.
+
+    Args:
+        nesting: number of nested plates of the model.
+    """
+
+    def __init__(self, nesting: int) -> None:
+        super().__init__()
+        self.nesting = nesting
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if _is_free(msg):
+            msg["mask"] = False
+            msg["value"] = self.values.get(msg["name"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if _is_free(msg):
+            batch = msg["fn"].batch_shape
+            if batch[: max(0, len(batch) - self.nesting)].numel() == 1:
+                self.values[msg["name"]] = msg["value"]
+
+
+def _is_free(site: Any) -> bool:
+    """Whether a site is drawn, and not enumerated."""
+    fn = site["fn"]
+    return not (
+        site["is_observed"]
+        or isinstance(fn, _Subsample)
+        or getattr(fn, "has_enumerate_support", False)
+    )
+
+
+def _check_evidence(call: ModelCall, values: Mapping[str, Tensor], first: poutine.Trace) -> None:
+    """Raise ValueError if discrete sites must be drawn given sites without draws that they explain.
+
+    A continuous site without draws must have no data below it, and not be between discrete sites.
+    """
+    sites: dict[str, Any] = {n: s for n, s in first.nodes.items() if s["type"] == "sample"}
+    free = {name for name, site in sites.items() if _is_free(site)}
+    if not free:
+        return
+    given = poutine.condition(call.model, dict(values))
+    with poutine.block():
+        found: Any = get_dependencies(given, tuple(call.args), dict(call.kwargs))
+    parents: dict[str, dict[str, Any]] = found["prior_dependencies"]
+    discrete = {n for n in parents if n not in free and not sites[n]["is_observed"]}
+    above: dict[str, set[str]] = {}
+    for name in parents:  # in the order of the model
+        direct = parents[name].keys() - {name}
+        above[name] = direct.union(*(above[parent] for parent in direct))
+        if name in free:
+            continue
+        for latent in sorted(above[name] & free):
+            if name not in discrete or above[latent] & discrete:
+                raise ValueError(
+                    "infer_discrete=True requires draws of continuous variables on which data, or"
+                    " discrete variables below other ones, depend, but site"
+                    f" {name!r} depends on {latent!r}, which has none: give"
+                    f" posterior_samples={{{latent!r}: ...}}"
+                )
 
 
 def _nesting(trace: poutine.Trace) -> int:

@@ -278,6 +278,48 @@ def test_discrete_variables_are_inferred_given_the_data() -> None:
     within_se(prior.mean(0), torch.full((3,), 0.5), 0.5 / math.sqrt(400))
 
 
+def with_a_future(y: Tensor, future: Tensor | None = None) -> None:
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(z + 0.0 * level, 1.0), obs=y)
+        next_ = dist.Normal(3.0 * z, torch.where(z == 1, 0.01, 1.0))
+        pyro.sample("next", next_, obs=future)
+
+
+def test_values_drawn_for_a_prediction_are_no_data() -> None:
+    """The density of a value that is drawn for each label counted as evidence for the label."""
+    pyro.set_rng_seed(0)
+    found = Predictive(with_a_future, {"level": torch.zeros(4000)}, infer_discrete=True)(
+        torch.tensor([0.5, 1.5])
+    )
+    exact = torch.tensor([0.5, 1.0 / (1.0 + math.exp(-1.0))])
+    within_se(found["z"].mean(0), exact, (exact * (1.0 - exact) / 4000).sqrt())
+    assert found["next"].shape == found["z"].shape
+    one = found["z"] == 1.0
+    within_se(found["next"][one].mean(), 3.0, 0.01 / math.sqrt(int(one.sum())))
+    within_se(found["next"][~one].mean(), 0.0, 1.0 / math.sqrt(int((~one).sum())))
+
+
+def above_a_label() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 3.0))
+    z = pyro.sample("z", dist.Bernoulli(logits=100.0 * x))
+    pyro.sample("w", dist.Normal(z, 1e-3))
+
+
+def test_a_label_keeps_the_value_it_was_drawn_from() -> None:
+    pyro.set_rng_seed(0)
+    found = Predictive(above_a_label, num_samples=200, infer_discrete=True)()
+    far = found["x"].abs() > 0.1
+    assert torch.equal((found["x"] > 0)[far], (found["z"] == 1.0)[far])
+    assert (found["w"] - found["z"]).abs().max() < 0.01
+
+
+def test_data_of_a_variable_without_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match="site 'y' depends on 'level', which has none"):
+        Predictive(with_a_future, num_samples=3, infer_discrete=True)(torch.zeros(2))
+
+
 def test_wrong_arguments() -> None:
     assert issubclass(SamePredictive, pyro.infer.Predictive)
     with pytest.raises(ValueError, match=r"one number of draws, got {'slope': 3, 'noise': 4}"):
