@@ -32,6 +32,7 @@ __all__ = [
     "BatchNorm",
     "BoundedAllocation",
     "BoundedResults",
+    "Dependents",
     "FixedShapes",
     "PerturbedRounding",
     "RandomOperations",
@@ -214,6 +215,43 @@ def _description(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((name, _description(part)) for name, part in value.items())
     return type(value), repr(value)
+
+
+class Dependents(TorchDispatchMode):
+    """Dispatch mode that follows the tensors that depend on the values of an input.
+
+    Args:
+        x: the input.
+    """
+
+    #: Operations that read the shape of an argument only.
+    LIKE: ClassVar = {
+        getattr(torch.ops.aten, f"{prefix}{name}{suffix}")
+        for prefix, suffix in (("new_", ""), ("", "_like"))
+        for name in ("empty", "zeros", "ones", "full")
+    }
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        #: By storage. Keeping the tensors alive keeps the numbers unique.
+        self._found = {storage_of(x): x}
+        #: Whether a tensor that depends on the input became a number of Python.
+        self.read = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        depends = any(map(self.has, tree_leaves((args, kwargs))))
+        out = func(*args, **kwargs)
+        if depends and func.overloadpacket not in self.LIKE:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._found[storage_of(leaf)] = leaf
+                self.read |= isinstance(leaf, bool | int | float)
+        return out
+
+    def has(self, value: object) -> bool:
+        """Whether a value is a tensor that depends on the input."""
+        return isinstance(value, Tensor) and storage_of(value) in self._found
 
 
 class BoundedAllocation(TorchDispatchMode):

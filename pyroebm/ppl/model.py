@@ -23,7 +23,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyroebm.core._torch_private import BoundedResults, tree_leaves
+from pyroebm.core._torch_private import BoundedResults, Dependents, tree_leaves
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, uniform
 from pyroebm.core.rowwise import RowsFailAlone, RowsInABatch, RowwiseEnergy
@@ -244,7 +244,7 @@ class ModelEnergy(RowwiseEnergy):
         )
         if self.enumerated:
             self._check_enumeration(sites, rows[0])
-        self._transforms = self._fixed_transforms(rows)
+        self._transforms = self._fixed_transforms(rows[0])
         self.batch_by(rows)
 
     def _check_enumeration(self, sites: Mapping[str, Any], u: Tensor) -> None:
@@ -277,16 +277,18 @@ class ModelEnergy(RowwiseEnergy):
                 " pyro.plate (rows), or marginalize some by hand"
             ) from None
 
-    def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
+    def _fixed_transforms(self, u: Tensor) -> dict[str, Transform] | None:
         """Return the bijections, or None if they depend on latent variables.
 
-        An example is ``Uniform(0, x)`` with a latent x.
+        An example is ``Uniform(0, x)`` with a latent x. All operations are followed, since values
+        at some states do not show a dependence at others (``x.clamp(min=5)``). A model that
+        branches on a latent variable cannot be followed.
         """
-        with torch.no_grad():
-            first, second = (self._run(self.split(row))[1].transforms for row in rows)
-            parts = self.split(rows[0])
-            same = all(torch.equal(first[name](u), second[name](u)) for name, u in parts.items())
-        return first if same else None
+        u = u.clone()  # the values of the input are those of its memory
+        with torch.no_grad(), RowsFailAlone(), Dependents(u) as dependents:
+            transforms = self._run(self.split(u))[1].transforms
+        fixed = not dependents.read and not any(map(dependents.has, _tensors(transforms.values())))
+        return transforms if fixed else None
 
     def _run(
         self, given: Mapping[str, Tensor], inverse: bool = False
@@ -319,7 +321,8 @@ class ModelEnergy(RowwiseEnergy):
     def transforms(self) -> dict[str, Transform] | None:
         """The bijection from unconstrained values of each latent variable.
 
-        None if one depends on other latent variables, as that of ``Uniform(0, x)`` with a latent x.
+        None if one depends on other latent variables, as that of ``Uniform(0, x)`` with a latent x,
+        or may do, since the model branches on a latent variable.
         """
         return self._transforms
 
@@ -497,6 +500,20 @@ def _check_values(strategy: Callable[..., Any], sites: Collection[str]) -> None:
             f"values of init_to_value must be of sites of the model, got {unknown!r}; near ones:"
             f" {near}"
         )
+
+
+def _tensors(transforms: Iterable[Transform]) -> Iterator[Tensor]:
+    """Yield the tensors of which transforms are made."""
+    left, seen = list[object](transforms), list[object]()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            left.extend(value)
+        elif isinstance(value, Transform) and not any(value is other for other in seen):
+            seen.append(value)  # a transform and its inverse refer to each other
+            left.extend(vars(value).values())
 
 
 def _is_enumerable(fn: Any) -> bool:

@@ -3,6 +3,7 @@ sample it."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -402,6 +403,38 @@ def test_mutants_are_caught(mutant: type[ModelEnergy], name: str) -> None:
     args = make()
     with pytest.raises(AssertionError, match="not close"):
         check_density(mutant(model, *args), model, args)
+
+
+def clamped_support() -> None:
+    n = pyro.sample("n", dist.LogNormal(3.0, 1.0))
+    pyro.sample("b", dist.Uniform(torch.zeros_like(n), n.clamp(min=5.0)))
+
+
+def clamped_by_python() -> None:
+    n = pyro.sample("n", dist.LogNormal(3.0, 1.0))
+    pyro.sample("b", dist.Uniform(0.0, n if n > 5.0 else torch.tensor(5.0)))
+
+
+@pytest.mark.filterwarnings("ignore:the model 'clamped_by_python':RuntimeWarning")
+@pytest.mark.parametrize("model", [clamped_support, clamped_by_python])
+def test_a_support_that_varies_far_from_the_origin_is_followed(model: Any) -> None:
+    """At the states near 0 with which the model is tried, the support is constant."""
+    energy = ModelEnergy(model)
+    assert energy.transforms is None
+    found = energy.constrain(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
+    expected = torch.tensor([2.5, math.exp(4.0) / 2.0])
+    torch.testing.assert_close(found["b"], expected)
+
+
+def test_a_support_that_has_the_shape_of_a_latent_is_fixed() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        high = torch.ones_like(x) + x.new_ones(2)
+        pyro.sample("b", dist.Uniform(torch.zeros_like(x), high).to_event(1))
+
+    energy = ModelEnergy(model)
+    assert energy.transforms is not None
+    torch.testing.assert_close(energy.constrain(torch.zeros(4))["b"], torch.ones(2))
 
 
 # Constants
