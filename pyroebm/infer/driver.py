@@ -130,21 +130,19 @@ class Driver(sampler.MCMC):
         stage = "Warmup" if warms else "Sample"
         done = self.plan.warmup_steps - batch.warm_left if warms else batch.count
         x = batch.state.x.clone()
-        after = list[Tensor]()
+        after, changed = list[Tensor](), False
         for number, chain in enumerate(self.chains):
-            chain.follow(
-                self._kernel_of(number),
-                _chain(batch.state, number),
-                _chain(cast(Info, batch.info), number),
-            )
+            kernel, state = self._kernel_of(number), _chain(batch.state, number)
+            chain.follow(kernel, state, _chain(cast(Info, batch.info), number))
             params = self.energy.split(x[number])
             if self.hook is not None:
                 self.shown.show(self.energy, chain)
                 suffix = f" [{number}]" if self.num_chains > 1 else ""
                 self.hook(self.shown, params, stage + suffix, done - 1)
+                changed |= chain.state is not state  # clear_cache
             after.append(self.energy.join(params))
         x = torch.stack(after)
-        if not torch.equal(x, batch.state.x):  # a hook changed a value
+        if changed or not torch.equal(x, batch.state.x):  # or a hook changed a value
             batch.move(x)
         if self.receive is not None and not warms:
             self.receive(x)

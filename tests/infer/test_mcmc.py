@@ -181,6 +181,31 @@ def test_a_value_that_a_hook_changes_is_used(chains: int) -> None:
     assert float(mcmc.get_stats()["acceptance_rate"].min()) > 0.99
 
 
+@pytest.mark.parametrize("chains", [1, 2])
+def test_a_hook_can_evaluate_a_changed_density_again(chains: int) -> None:
+    """Without it, the first step compares energies of two densities."""
+    still = {"adapt_step_size": False, "adapt_mass_matrix": False}
+    scale = torch.tensor(1.0)
+
+    def model(scale: Tensor) -> None:
+        pyro.sample("x", dist.Normal(0.0, scale))
+
+    def hook(kernel: Any, params: dict[str, Tensor], stage: str, i: int) -> None:
+        if i == 1 and stage in {"Sample", "Sample [0]"}:
+            scale.fill_(0.1)
+        kernel.clear_cache()
+
+    kernel = HMC(model, step_size=1e-6, num_steps=1, **still)
+    start = {"x": torch.ones(chains).squeeze()}
+    mcmc = MCMC(kernel, 4, 0, start, chains, hook_fn=hook, **OPTIONS)
+    mcmc.run(scale)
+    lp, rates = (mcmc.get_stats()[name] for name in ("lp", "acceptance_rate"))
+    old, new = (dist.Normal(0.0, s).log_prob(torch.tensor(1.0)) for s in (1.0, 0.1))
+    expected = torch.stack([old, new, new, new]).expand(chains, 4)
+    torch.testing.assert_close(lp, expected, atol=1e-2, rtol=0)
+    assert float(rates.min()) > 0.99
+
+
 class StopError(Exception):
     pass
 
