@@ -140,6 +140,10 @@ class Driver(sampler.MCMC):
                 suffix = f" [{number}]" if self.num_chains > 1 else ""
                 self.hook(self.shown, params, stage + suffix, done - 1)
                 changed |= chain.state is not state  # clear_cache
+                if chain.kernel is not kernel:  # an assignment to the mass matrix
+                    adapted = cast(ContinuousKernel[Any], batch.kernel)
+                    inverse_mass = cast(ContinuousKernel[Any], chain.kernel).inverse_mass
+                    batch.kernel, changed = adapted.replace(inverse_mass=inverse_mass), True
             after.append(self.energy.join(params))
         x = torch.stack(after)
         if changed or not torch.equal(x, batch.state.x):  # or a hook changed a value

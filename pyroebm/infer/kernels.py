@@ -389,7 +389,8 @@ class HMC(MCMCKernel):
     def mass_matrix_adapter(self) -> MassMatrixAdapter:
         """The mass matrix as Pyro's adapter shows it.
 
-        Its ``inverse_mass_matrix`` can be assigned to between two steps. Assigning an
+        Its ``inverse_mass_matrix`` can be assigned to between two steps, and in a hook, for all
+        chains. Assigning an
         ``ArrowheadMassMatrix`` to ``mass_matrix_adapter`` adapts a dense one instead, with a
         RuntimeWarning.
         """

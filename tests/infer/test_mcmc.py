@@ -206,6 +206,28 @@ def test_a_hook_can_evaluate_a_changed_density_again(chains: int) -> None:
     assert float(rates.min()) > 0.99
 
 
+@pytest.mark.parametrize("chains", [1, 2])
+@pytest.mark.parametrize("kind", [NUTS, HMC])
+def test_a_hook_can_set_the_mass_matrix(kind: Any, chains: int) -> None:
+    """With an inverse mass of 0 for one site, only the other one moves."""
+    still = {"adapt_step_size": False, "adapt_mass_matrix": False}
+    steps = {"num_steps": 1} if kind is HMC else {}
+    kernel = kind(normal_normal, step_size=0.1, **still, **steps)
+    block = ("mu", "scale")
+
+    def hook(kernel: Any, params: dict[str, Tensor], stage: str, i: int) -> None:
+        if i == 4 and stage in {"Sample", "Sample [0]"}:
+            kernel.mass_matrix_adapter.inverse_mass_matrix = {block: torch.tensor([1e-20, 0.1])}
+            assert float(kernel.inverse_mass_matrix[block][0]) == 1e-20
+
+    mcmc = drawn(kernel=kernel, num_chains=chains, hook_fn=hook, seed=0)
+    moves = {n: x.diff(dim=1).abs() for n, x in mcmc.get_samples(group_by_chain=True).items()}
+    assert float(moves["mu"][:, 4:].max()) < 1e-6
+    assert float(moves["mu"][:, :4].amax(1).min()) > 1e-3
+    assert float(moves["scale"][:, 4:].amax(1).min()) > 1e-3
+    assert float(kernel.inverse_mass_matrix[block][0]) == 1e-20
+
+
 class StopError(Exception):
     pass
 
