@@ -226,9 +226,13 @@ class Vectorized:
         self._progress = False if disable_progbar else None
         self._keep: Literal["draws", "moments"] = keep
         self._args = self._kwargs = None
-        self._samples = None
-        self._diagnostics = [None] * num_chains
+        self._forget()
         self._driver(0, None)  # checks the counts here instead of in run
+
+    def _forget(self) -> None:
+        """Drop the results of the last run."""
+        self._run = self._samples = None
+        self._diagnostics = [None] * self.num_chains
 
     def _repeated(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.expand(self.num_chains, *value.shape) for name, value in params.items()}
@@ -263,8 +267,10 @@ class Vectorized:
     ) -> None:
         """Run the warm-up and draw samples; without latent variables there are none.
 
-        What the run drew is kept also if Ctrl-C or a hook's exception ends it early.
+        What the run drew is kept also if Ctrl-C or a hook's exception ends it early. The draws of
+        the run before are dropped first, since they are not of these arguments.
         """
+        self._forget()
         self._args, self._kwargs = tuple(args), dict(kwargs)
         seed = int(torch.randint(2**63 - 1, ())) if self.seed is None else self.seed
         kernel, initial = self.kernel, self.initial_params
@@ -277,7 +283,6 @@ class Vectorized:
             )
             self.transforms = (None if energy is None else transforms_of(energy)) or {}
             if energy is None:
-                self._run = None
                 self._idle()
                 return
             if unknown := set(self.save_params or ()) - set(energy.shapes):

@@ -261,6 +261,22 @@ def test_what_a_hook_raises_is_passed_on_and_draws_are_kept(error: Any, chains: 
 
 
 @pytest.mark.skipif(is_new_arviz(), reason="ArviZ 1 has no from_pyro")
+def test_a_run_that_fails_leaves_no_draws_of_other_arguments() -> None:
+    def fails(y: Tensor, fail: bool = False) -> None:
+        if fail:
+            raise StopError
+        normal_normal(y)
+
+    mcmc = drawn(kernel=NUTS(fails))
+    with pytest.raises(StopError):
+        mcmc.run(2.0 * Y, fail=True)
+    for read in (mcmc.get_samples, mcmc.diagnostics, mcmc.get_stats, mcmc.to_arviz):
+        with pytest.raises(ValueError, match=r"there are no draws: call run"):
+            read()
+    mcmc.run(Y)
+    assert len(mcmc.get_samples()["mu"]) == 10
+
+
 def test_arviz_reads_the_chains_of_pyro() -> None:
     """Twelve chains, of which chain 2 alone diverges: as strings, "chain 10" comes before it."""
     start = torch.zeros(12)
