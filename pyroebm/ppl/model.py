@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.util import check_site_shape
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyroebm.core._torch_private import BoundedResults, Dependents, tree_leaves
@@ -314,8 +315,14 @@ class ModelEnergy(RowwiseEnergy):
     def constants(self) -> list[Tensor]:
         """Return the tensors that are watched for changes: arguments and parameters."""
         store = dict(pyro.get_param_store().named_parameters()) if self._params else {}
-        given = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-        return super().constants() + given + [store[name] for name in self._params if name in store]
+        watched = super().constants() + [store[name] for name in self._params if name in store]
+        owner = getattr(inspect.unwrap(self.model), "__self__", None)  # of a method
+        for leaf in (owner, *tree_leaves((self.args, self.kwargs))):
+            if isinstance(leaf, Tensor):
+                watched.append(leaf)
+            elif isinstance(leaf, nn.Module):
+                watched += [*leaf.parameters(), *leaf.buffers()]
+        return watched
 
     @property
     def transforms(self) -> dict[str, Transform] | None:

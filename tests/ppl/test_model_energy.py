@@ -477,6 +477,42 @@ def test_parameters_arguments_and_modules_are_read_again_when_they_change() -> N
     assert layer.weight.grad is None
 
 
+class Scaled(nn.Module):
+    """A module with a model as a method, of parameters and a buffer of a given size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.register_buffer("shift", torch.zeros(size))
+
+    def model(self) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", (self.weight * x + self.shift).sum())
+
+
+def model_of(module: Scaled) -> None:
+    module.model()
+
+
+@pytest.mark.parametrize("size", [2, 100])
+@pytest.mark.parametrize("way", ["argument", "method", "handled"])
+def test_parameters_of_modules_that_are_given_are_read_again(way: str, size: int) -> None:
+    module = Scaled(size)
+    if way == "argument":
+        energy = ModelEnergy(model_of, module)
+    else:
+        handled = poutine.scale(module.model, scale=1.0)
+        energy = ModelEnergy(module.model if way == "method" else handled)
+    u = torch.ones(2, 1)
+    prior = -float(dist.Normal(0.0, 1.0).log_prob(torch.ones(())))
+    with torch.no_grad():
+        assert float(energy(u)[0]) == pytest.approx(prior - size)
+        module.weight.add_(1.0)
+        assert float(energy(u)[0]) == pytest.approx(prior - 2 * size)
+        module.shift.add_(1.0)
+        assert float(energy(u)[0]) == pytest.approx(prior - 3 * size)
+
+
 def test_few_graphs_are_kept() -> None:
     energy = ModelEnergy(banana)
     for n in range(1, 2 * MAX_GRAPHS):
