@@ -139,10 +139,13 @@ class Recorder(FixedShapes):
 
     Args:
         x: the input.
+        watched: constants whose changes the caller follows. All others are copied, so that a later
+            change in place does not change a part of the graph.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, watched: Sequence[Tensor]) -> None:
         super().__init__(x)
+        self._watched = {storage_of(tensor) for tensor in watched}
         self._graph = fx.Graph()
         self._constants: dict[str, Tensor] = {}
         #: By id; keeping the tensors alive keeps the ids unique.
@@ -194,7 +197,8 @@ class Recorder(FixedShapes):
         key = tensor.dtype, tensor.device, tensor.shape, content
         if key not in self._known:
             name = f"constant_{len(self._constants)}"
-            self._constants[name] = tensor.clone() if small else tensor.detach()
+            watched = storage_of(tensor) in self._watched and not small
+            self._constants[name] = tensor.detach() if watched else tensor.detach().clone()
             self._known[key] = self._graph.get_attr(name)
         return self._nodes.setdefault(id(tensor), (self._known[key], tensor))[0]
 

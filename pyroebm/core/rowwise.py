@@ -437,7 +437,7 @@ class RowwiseEnergy(Energy):
 
     def _recorded(self, rows: Tensor) -> fx.GraphModule:
         # functionalized, so that no replay writes into a constant
-        operations, recorder = RandomOperations(), Recorder(rows)
+        operations, recorder = RandomOperations(), Recorder(rows, self.constants())
         with operations, recorder:
             values: Tensor = torch.func.functionalize(self._vmapped)(rows)
         if drawn := operations.behind(values):

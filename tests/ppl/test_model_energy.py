@@ -513,6 +513,21 @@ def test_parameters_of_modules_that_are_given_are_read_again(way: str, size: int
         assert float(energy(u)[0]) == pytest.approx(prior - 3 * size)
 
 
+@pytest.mark.parametrize("size", [2, 100])
+def test_globals_are_read_once(size: int) -> None:
+    """Constants that are used as they are, and those computed before, stay of one time."""
+    data = torch.ones(size)
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", (data * x).sum() + data.exp().sum())
+
+    energy, u = ModelEnergy(model), torch.ones(2, 1)
+    before = energy(u)
+    data.add_(1.0)
+    torch.testing.assert_close(energy(u), before)
+
+
 def test_few_graphs_are_kept() -> None:
     energy = ModelEnergy(banana)
     for n in range(1, 2 * MAX_GRAPHS):
