@@ -405,7 +405,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "threads swap the default generator together": (
         "core/rng.py",
-        "    with _LOCK:\n        outer = get()",
+        "    with LOCK:\n        outer = get()",
         "    if True:\n        outer = get()",
         "tests/core/test_rng.py",
     ),

@@ -29,8 +29,10 @@ __all__ = [
 #: is faster than torch.randn.
 MANY = 1024
 
-#: Held while torch's default generator is replaced by another one.
-_LOCK = threading.RLock()
+#: Held while state that all threads share is changed: torch's default generator is replaced, or a
+#: model runs (Pyro's stack of effect handlers). One lock for both, since each is done within the
+#: other.
+LOCK = threading.RLock()
 
 
 def fresh_seed(seed: int | None) -> int:
@@ -127,7 +129,7 @@ def draw_from(
         return distribution.sample(torch.Size([num_samples]))
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with _LOCK, torch.random.fork_rng(devices):
+    with LOCK, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         return distribution.sample(torch.Size([num_samples]))
 
@@ -150,7 +152,7 @@ def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
     def put(state: Tensor) -> None:
         torch.cuda.set_rng_state(state, generator.device) if cuda else torch.set_rng_state(state)
 
-    with _LOCK:
+    with LOCK:
         outer = get()
         put(generator.get_state())
         try:

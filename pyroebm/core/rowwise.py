@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import itertools
 import random
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -33,6 +32,7 @@ from pyroebm.core._torch_private import (
     version_of,
 )
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
+from pyroebm.core.rng import LOCK
 from pyroebm.core.supports import event_numel
 from pyroebm.core.wrappers import eval_mode
 
@@ -49,10 +49,6 @@ NUM_REPEATS = 8
 #: change for one unit by which two evaluations may differ.
 PERTURBATION = 2.0**10
 ROUNDING_FACTOR = 10.0
-
-#: Held while the subclass's code runs: Pyro's stack of effect handlers, and the state that a
-#: capture changes in torch, are shared by all threads.
-_LOCK = threading.RLock()
 
 
 def _cholesky(a: Tensor, upper: bool = False) -> Tensor:
@@ -282,7 +278,7 @@ def map_rows(
         with RowsFailAlone():
             return function({key: value[k] for key, value in rows.items()})
 
-    with _LOCK, torch.no_grad(), warnings.catch_warnings():
+    with LOCK, torch.no_grad(), warnings.catch_warnings():
         # torch's remarks on its own batching rules
         warnings.filterwarnings("ignore", message=r"(There is a performance drop|An output with)")
         before = _foreign_generators()
@@ -417,10 +413,10 @@ class RowwiseEnergy(Energy):
         """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         rows = u.reshape(-1, *self.event_shape)
         if self.batching == "loop":
-            with _LOCK, RowsFailAlone():
+            with LOCK, RowsFailAlone():
                 values = torch.stack([self.row_energy(row) for row in rows])
         elif self.batching == "vmap" or torch.compiler.is_compiling():
-            with _LOCK:
+            with LOCK:
                 values = self._vmapped(rows)
         else:
             values = self._graph(rows)(rows)
@@ -448,7 +444,7 @@ class RowwiseEnergy(Energy):
         constants = self.constants()
         key = (rows.shape, rows.dtype, rows.device, self.training, *map(version, constants))
         if key not in self._graphs:
-            with _LOCK, outside_transforms(), torch.inference_mode(False), torch.no_grad():
+            with LOCK, outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 zeros = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
                 graph = self._recorded(zeros)
             while len(self._graphs) >= MAX_GRAPHS:

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core.rng import LOCK, seeded_generator
 from pyroebm.infer.kernels import HMC, transforms_of
 from pyroebm.infer.potential import PotentialEnergy
 from pyroebm.kernels.base import ContinuousKernel, Info
@@ -276,22 +276,22 @@ class Vectorized:
         kernel, initial = self.kernel, self.initial_params
         if initial is None and kernel.initial_params is not None:
             initial = self._repeated(kernel.initial_params)
-        with self._validation(), poutine.block():
-            generator = seeded_generator(seed, spawned=1)
+        generator = seeded_generator(seed, spawned=1)
+        with LOCK, self._validation(), poutine.block():
             energy, start = kernel.target(
                 args, kwargs, initial, self.num_chains, self._given_transforms, generator
             )
-            self.transforms = (None if energy is None else transforms_of(energy)) or {}
-            if energy is None:
-                self._idle()
-                return
-            if unknown := set(self.save_params or ()) - set(energy.shapes):
-                raise ValueError(
-                    f"save_params must name sites of {sorted(energy.shapes)}, got {sorted(unknown)}"
-                )
-            run = self._driver(seed, energy)
-            run.watch(kernel, energy, self.hook_fn, receiver and receiver(energy))
-            self._finish(run, lambda: run.run(energy, start, store=self.store))
+        self.transforms = (None if energy is None else transforms_of(energy)) or {}
+        if energy is None:
+            self._idle()
+            return
+        if unknown := set(self.save_params or ()) - set(energy.shapes):
+            raise ValueError(
+                f"save_params must name sites of {sorted(energy.shapes)}, got {sorted(unknown)}"
+            )
+        run = self._driver(seed, energy)
+        run.watch(kernel, energy, self.hook_fn, receiver and receiver(energy))
+        self._finish(run, lambda: run.run(energy, start, store=self.store))
 
     def _finish(self, run: Driver, draw: Callable[[], None]) -> None:
         try:

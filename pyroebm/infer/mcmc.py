@@ -141,8 +141,7 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):
             num_samples: number of further draws of each chain.
         """
         run = self._ours()
-        with self._validation():
-            self._finish(run, lambda: run.run_more(num_samples))
+        self._finish(run, lambda: run.run_more(num_samples))
 
     def _collect(self, run: Driver) -> None:
         samples = run.get_samples(group_by_chain=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyroebm.core.rowwise import RowwiseEnergy
@@ -44,7 +45,7 @@ class PotentialEnergy(RowwiseEnergy):
 
     def row_energy(self, u: Tensor) -> Tensor:
         """Compute the energy of one chain."""
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), poutine.block():
             value = self.potential(self.split(u))
         if value.numel() != 1:
             raise ValueError(

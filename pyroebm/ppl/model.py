@@ -26,7 +26,7 @@ from torch.distributions import Transform
 
 from pyroebm.core._torch_private import BoundedResults, Dependents, tree_leaves
 from pyroebm.core.energy import unchecked_value_and_grad
-from pyroebm.core.rng import seeded_generator, uniform
+from pyroebm.core.rng import LOCK, drawing_from, seeded_generator, uniform
 from pyroebm.core.rowwise import RowsFailAlone, RowsInABatch, RowwiseEnergy
 from pyroebm.core.supports import bijection_of, circular, is_discrete
 from pyroebm.ppl.distribution import initial_states
@@ -199,7 +199,8 @@ class ModelEnergy(RowwiseEnergy):
                 "model must be a Pyro model, a callable with pyro.sample statements, got"
                 f" {type(model).__name__}"
             )
-        with _forked():
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        with LOCK, torch.random.fork_rng(devices):
             start = _of_continuous(init_to_feasible)(initial_states(model))
             with poutine.block(), torch.no_grad():
                 trace = poutine.trace(start).get_trace(*args, **kwargs)
@@ -296,6 +297,7 @@ class ModelEnergy(RowwiseEnergy):
     ) -> tuple[poutine.Trace, _Substitute]:
         enumeration = poutine.enum(first_available_dim=-1 - self.max_plate_nesting)
         with (
+            LOCK,
             pyro.validation_enabled(False),
             poutine.block(),
             enumeration if self.enumerated else contextlib.nullcontext(),
@@ -308,7 +310,7 @@ class ModelEnergy(RowwiseEnergy):
     def row_energy(self, u: Tensor) -> Tensor:
         """Return the energy of one row ``(dim,)``, shape ``()``."""
         trace, places = self._run(self.split(u))
-        with pyro.validation_enabled(False):
+        with LOCK, pyro.validation_enabled(False):
             total = log_marginal(trace) if self.enumerated else trace.log_prob_sum()
             return -(torch.as_tensor(total) + places.log_det)
 
@@ -453,7 +455,7 @@ class ModelEnergy(RowwiseEnergy):
         if strategy is None:
             return 4.0 * uniform((n, *self.event_shape), generator, self.dtype, self.device) - 2.0
         model, rows = _of_continuous(strategy)(initial_states(self.model)), []
-        with contextlib.nullcontext() if generator is None else _forked(generator):
+        with LOCK, drawing_from(generator):
             for _ in range(n):
                 with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
                     trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
@@ -467,7 +469,7 @@ class ModelEnergy(RowwiseEnergy):
 
     def _why(self, u: Tensor, value: float, grad: Tensor) -> str:
         """Describe what is not finite at u."""
-        with torch.no_grad(), pyro.validation_enabled(False), RowsFailAlone():
+        with LOCK, torch.no_grad(), pyro.validation_enabled(False), RowsFailAlone():
             trace, places = self._run(self.split(u))
             trace.compute_log_prob()
         at, nodes = (
@@ -574,18 +576,3 @@ def _plate_nesting(given: int | None, frames: Iterable[Any]) -> int:
             f" max_plate_nesting={given}"
         )
     return nesting if given is None else given
-
-
-@contextlib.contextmanager
-def _forked(generator: torch.Generator | None = None) -> Iterator[None]:
-    """Restore torch's default generator, from which Pyro draws, afterwards.
-
-    Within the context it is seeded from ``generator``.
-    """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        if generator is not None:
-            torch.random.manual_seed(
-                int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-            )
-        yield

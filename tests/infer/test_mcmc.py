@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyro.infer
 import pytest
 import torch
 from lib.checks import within_se
+from pyro.infer.autoguide.initialization import init_to_sample
 from pyro.infer.mcmc import RandomWalkKernel
 from pyro.ops.streaming import StackStats, StatsOfDict
 from torch import Tensor
@@ -353,6 +356,22 @@ def test_a_seed_decides_the_starts_too(transforms: Any) -> None:
         pyro.set_rng_seed(seed)
         runs.append(drawn(kernel=kernel, seed=3, num_chains=2).get_samples()["mu"])
     assert torch.equal(*runs)
+
+
+def test_runs_in_threads_are_those_of_one_thread() -> None:
+    """Pyro's stack of handlers and torch's default generator are shared by all threads."""
+    kernel_of = partial(NUTS, normal_normal, init_strategy=init_to_sample)
+
+    def run(seed: int) -> Tensor:
+        mcmc = drawn(kernel=kernel_of(), samples=5, seed=seed, num_chains=4, compile=False)
+        draws: Tensor = mcmc.get_samples()["mu"]
+        return draws
+
+    seeds = range(4)
+    expected = [run(seed) for seed in seeds]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, seeds))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_more_draws_are_those_of_one_longer_run() -> None:
