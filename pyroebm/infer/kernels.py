@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections import OrderedDict
@@ -215,9 +216,13 @@ class HMC(MCMCKernel):
         transforms = dict(given or {})
         potential = self._given_potential
         if self.model is not None:
+            model, own_name = self.model, "max_plate_nesting"
+            if own_name in kwargs:  # an argument of the model, not ours
+                model = functools.partial(model, **{own_name: kwargs[own_name]})
+                kwargs = {name: value for name, value in kwargs.items() if name != own_name}
             try:
                 model_energy = ModelEnergy(
-                    self.model, *args, max_plate_nesting=self.max_plate_nesting, **kwargs
+                    model, *args, max_plate_nesting=self.max_plate_nesting, **kwargs
                 )
             except NoLatentsError:
                 return None, None
@@ -230,7 +235,7 @@ class HMC(MCMCKernel):
             transforms = {name: transform.inv for name, transform in own.items()} | transforms
             with drawing_from(generator):
                 params, potential, _, _ = initialize_model(
-                    self.model,
+                    model,
                     tuple(args),
                     dict(kwargs),
                     transforms=transforms,

@@ -190,6 +190,7 @@ class ModelEnergy(RowwiseEnergy):
     def __init__(
         self,
         model: Callable[..., Any],
+        /,
         *args: Any,
         max_plate_nesting: int | None = None,
         **kwargs: Any,
@@ -318,8 +319,12 @@ class ModelEnergy(RowwiseEnergy):
         """Return the tensors that are watched for changes: arguments and parameters."""
         store = dict(pyro.get_param_store().named_parameters()) if self._params else {}
         watched = super().constants() + [store[name] for name in self._params if name in store]
-        owner = getattr(inspect.unwrap(self.model), "__self__", None)  # of a method
-        for leaf in (owner, *tree_leaves((self.args, self.kwargs))):
+        model, given = inspect.unwrap(self.model), list[Any]((self.args, self.kwargs))
+        while isinstance(model, functools.partial):
+            given += [model.args, model.keywords]
+            model = inspect.unwrap(model.func)
+        owner = getattr(model, "__self__", model)  # of a method
+        for leaf in (owner, *tree_leaves(given)):
             if isinstance(leaf, Tensor):
                 watched.append(leaf)
             elif isinstance(leaf, nn.Module):

@@ -280,6 +280,17 @@ def test_a_run_that_fails_leaves_no_draws_of_other_arguments() -> None:
     assert len(mcmc.get_samples()["mu"]) == 10
 
 
+@pytest.mark.parametrize("name", ["model", "max_plate_nesting"])
+def test_arguments_of_a_model_may_have_names_of_ours(name: str) -> None:
+    def named(**given: Tensor) -> None:
+        assert list(given) == [name]
+        normal_normal(given[name])
+
+    mcmc = MCMC(NUTS(named, max_plate_nesting=1), 10, 10, seed=0, **OPTIONS)
+    mcmc.run(**{name: Y})
+    assert torch.equal(mcmc.get_samples()["mu"], drawn(seed=0).get_samples()["mu"])
+
+
 def test_arviz_reads_the_chains_of_pyro() -> None:
     """Twelve chains, of which chain 2 alone diverges: as strings, "chain 10" comes before it."""
     start = torch.zeros(12)

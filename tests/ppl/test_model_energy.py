@@ -3,6 +3,7 @@ sample it."""
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import warnings
@@ -495,11 +496,13 @@ def model_of(module: Scaled) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 100])
-@pytest.mark.parametrize("way", ["argument", "method", "handled"])
+@pytest.mark.parametrize("way", ["argument", "method", "handled", "partial"])
 def test_parameters_of_modules_that_are_given_are_read_again(way: str, size: int) -> None:
     module = Scaled(size)
     if way == "argument":
         energy = ModelEnergy(model_of, module)
+    elif way == "partial":
+        energy = ModelEnergy(functools.partial(model_of, module))
     else:
         handled = poutine.scale(module.model, scale=1.0)
         energy = ModelEnergy(module.model if way == "method" else handled)
