@@ -113,8 +113,12 @@ class Driver(sampler.MCMC):
         return kernel.replace(step_size=float(sizes[number]))
 
     def show(self) -> None:
-        """Show the adapted settings of the run in the attributes of the kernel."""
-        chain = self.chain(0)
+        """Show the adapted settings of the run, and its first chain, in the kernel."""
+        if self.chains:
+            chain = self.chains[0]
+        else:
+            chain, stats = self.chain(0), self.get_stats()
+            chain.add_draws(stats["acceptance_rate"][0], stats["diverging"][0])
         chain.kernel = self._kernel_of()
         self.shown.show(self.energy, chain)
 

@@ -333,7 +333,11 @@ class HMC(MCMCKernel):
         return OrderedDict([("step size", f"{self.step_size:.2e}"), ("acc. prob", "1.000")])
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return the divergent draws, and the mean acceptance rate after the warm-up."""
+        """Return the divergent draws, and the mean acceptance rate after the warm-up.
+
+        After a run of several chains in :class:`pyroebm.infer.MCMC` they are those of the first
+        one.
+        """
         if self._chain is not None:
             return self._chain.diagnostics()
         return {"divergences": [], "acceptance rate": 1.0}

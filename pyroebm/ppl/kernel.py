@@ -105,6 +105,17 @@ class PyroKernel(MCMCKernel):
             self._divergences.append(self._step - self.warmup_steps)
         self._step += 1
 
+    def add_draws(self, acceptance_rate: Tensor, diverging: Tensor) -> None:
+        """Record all draws of a driver, after :meth:`begin`.
+
+        Args:
+            acceptance_rate: of each draw, shape ``(draws,)``.
+            diverging: of each draw, shape ``(draws,)``.
+        """
+        self._step = self.warmup_steps + len(diverging)
+        self._acceptance = float(acceptance_rate.sum())
+        self._divergences = diverging.nonzero().flatten().tolist()
+
     def refresh(self) -> None:
         """Evaluate the energy and its gradient at the current state again."""
         self.state = self.kernel.refresh(self.target, self.state)

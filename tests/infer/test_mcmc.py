@@ -291,6 +291,19 @@ def test_arguments_of_a_model_may_have_names_of_ours(name: str) -> None:
     assert torch.equal(mcmc.get_samples()["mu"], drawn(seed=0).get_samples()["mu"])
 
 
+@pytest.mark.parametrize("hook", [None, lambda *_: None])
+def test_the_kernel_shows_the_statistics_of_the_first_chain(hook: Any) -> None:
+    kernel = HMC(normal_normal, step_size=0.2, num_steps=1, adapt_step_size=False)
+    mcmc = drawn(kernel=kernel, num_chains=2, hook_fn=hook, seed=0)
+    for _ in range(2):
+        found, shown = mcmc.diagnostics(), kernel.diagnostics()
+        assert shown["divergences"] == found["divergences"]["chain 0"]
+        assert shown["acceptance rate"] == pytest.approx(found["acceptance rate"]["chain 0"])
+        assert kernel.logging()["acc. prob"] == f"{shown['acceptance rate']:.3f}"
+        assert 0.0 < shown["acceptance rate"] < 1.0
+        mcmc.run_more(5)
+
+
 def test_arviz_reads_the_chains_of_pyro() -> None:
     """Twelve chains, of which chain 2 alone diverges: as strings, "chain 10" comes before it."""
     start = torch.zeros(12)
