@@ -200,6 +200,8 @@ class Vectorized:
         store: str | Path | None = None,
     ) -> None:
         num_chains, kernel = self.num_chains, self.kernel
+        if initial_params is not None:  # numbers and arrays of NumPy too
+            initial_params = {n: torch.as_tensor(value) for n, value in initial_params.items()}
         if kernel._given_potential is not None and initial_params is None:
             initial_params = kernel.initial_params
             if initial_params is None:

@@ -349,7 +349,7 @@ class HMC(MCMCKernel):
 
     @initial_params.setter
     def initial_params(self, params: Mapping[str, Tensor] | None) -> None:
-        self._initial = params
+        self._initial = params and {name: torch.as_tensor(x) for name, x in params.items()}
 
     @property
     def potential_fn(self) -> Callable[..., Tensor] | None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.infer
@@ -302,6 +303,22 @@ def test_the_kernel_shows_the_statistics_of_the_first_chain(hook: Any) -> None:
         assert kernel.logging()["acc. prob"] == f"{shown['acceptance rate']:.3f}"
         assert 0.0 < shown["acceptance rate"] < 1.0
         mcmc.run_more(5)
+
+
+@pytest.mark.parametrize("chains", [1, 2])
+@pytest.mark.parametrize("on_kernel", [False, True])
+def test_starting_values_may_be_numbers_and_arrays(on_kernel: bool, chains: int) -> None:
+    still = {"adapt_step_size": False, "adapt_mass_matrix": False}
+    kernel = HMC(normal_normal, step_size=1e-9, num_steps=1, **still)
+    start: dict[str, Any] = {"mu": 1.0, "scale": np.zeros(())}
+    if on_kernel:
+        kernel.initial_params, start = start, {}
+    elif chains > 1:
+        start = {"mu": [1.0, 2.0], "scale": np.zeros(2)}
+    mcmc = MCMC(kernel, 1, 0, start or None, chains, **OPTIONS)
+    mcmc.run(Y)
+    expected = torch.tensor([1.0, 1.0 if on_kernel else 2.0][:chains])
+    torch.testing.assert_close(mcmc.get_samples()["mu"], expected, atol=1e-6, rtol=0)
 
 
 def test_arviz_reads_the_chains_of_pyro() -> None:
