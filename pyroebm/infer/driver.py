@@ -170,6 +170,7 @@ class Vectorized:
     _samples: dict[str, Tensor] | None
     _diagnostics: list[dict[str, Any] | None]
     _run: Driver | None = None
+    store: str | Path | None = None
 
     def _check_kernel(self, kernel: object, **ours: object) -> None:
         """Raise ValueError unless the kernel is one of Pyro's, with options that apply to it."""
@@ -270,8 +271,11 @@ class Vectorized:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         receiver: Callable[..., Callable[[Tensor], object]] | None = None,
+        resume: bool = False,
     ) -> None:
         """Run the warm-up and draw samples; without latent variables there are none.
+
+        With ``resume`` the run in the folder ``store`` is finished.
 
         What the run drew is kept also if Ctrl-C or a hook's exception ends it early. The draws of
         the run before are dropped first, since they are not of these arguments.
@@ -297,7 +301,10 @@ class Vectorized:
             )
         run = self._driver(seed, energy)
         run.watch(kernel, energy, self.hook_fn, receiver and receiver(energy))
-        self._finish(run, lambda: run.run(energy, start, store=self.store))
+        if resume:
+            self._finish(run, lambda: run.resume(energy, self.store))
+        else:
+            self._finish(run, lambda: run.run(energy, start, store=self.store))
 
     def _finish(self, run: Driver, draw: Callable[[], None]) -> None:
         try:

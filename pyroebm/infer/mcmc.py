@@ -52,7 +52,8 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):
         save_params: names of the sites to keep; None keeps all.
         seed: seed of the run, which then does not depend on torch's default generator.
         compile: whether to compile the gradient, as for :class:`pyroebm.MCMC`.
-        store: a folder to stream the draws to; :func:`pyroebm.open_run` opens it.
+        store: a folder to stream the draws to; :func:`pyroebm.open_run` opens it, and
+            :meth:`resume` finishes a run that was interrupted.
 
     Raises:
         ValueError: if an argument has the wrong kind; if ``potential_fn`` is given without
@@ -133,6 +134,26 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):
             self._sample(args, kwargs)
         else:
             super().run(*args, **kwargs)
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """Finish the interrupted run in ``store``, with the same draws as an uninterrupted one.
+
+        Args:
+            *args: arguments of the model, those of the run.
+            **kwargs: keyword arguments of the model, those of the run.
+
+        Raises:
+            ValueError: without ``store``, or if the run in the folder has other settings or another
+                density.
+            FileError: if the folder holds no run, a file of it is missing or damaged, or another
+                process uses it.
+        """
+        if self.store is None:
+            raise ValueError(
+                "resume requires the folder of a run, got store=None: construct"
+                " MCMC(..., store=folder)"
+            )
+        self._sample(args, kwargs, resume=True)
 
     def run_more(self, num_samples: int) -> None:
         """Continue the chains of the last run for more draws: the same as one longer run.

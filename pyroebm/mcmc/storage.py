@@ -148,7 +148,8 @@ class Store:
     def _refuse_to_start(self) -> None:
         raise FileError(
             self.folder,
-            "store holds a run already: continue it with resume(energy, store=...), or pass a new"
+            "store holds a run already: continue it with resume(energy, store=...), that of"
+            " pyroebm.infer.MCMC with resume(...) and the arguments of the model, or pass a new"
             " folder",
         )
 

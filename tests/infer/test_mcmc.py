@@ -21,6 +21,7 @@ from pyro.ops.streaming import StackStats, StatsOfDict
 from torch import Tensor
 
 import pyroebm
+from pyroebm.core import FileError
 from pyroebm.core.statistics import arviz, is_new_arviz, mcse_mean
 from pyroebm.infer import HMC, MCMC, NUTS, StreamingMCMC
 from pyroebm.infer.driver import ChainName
@@ -432,6 +433,30 @@ def test_draws_are_streamed_to_a_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(
         torch.as_tensor(data.posterior["mu"].values), mcmc.get_samples(group_by_chain=True)["mu"]
     )
+
+
+@pytest.mark.filterwarnings("ignore:interrupted during")
+@pytest.mark.parametrize("stage", ["Warmup", "Sample"])
+def test_an_interrupted_run_is_resumed_from_its_folder(stage: str, tmp_path: Path) -> None:
+    def stop(kernel: Any, params: dict[str, Tensor], at: str, i: int) -> None:
+        if at == f"{stage} [1]" and i == 4:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"num_chains": 2, "compile": False}
+    with pytest.raises(KeyboardInterrupt):
+        drawn(seed=0, hook_fn=stop, store=tmp_path / "run", **options)
+    with pytest.raises(FileError, match=r"pyroebm.infer.MCMC with resume\(...\)"):
+        drawn(store=tmp_path / "run", **options)
+    mcmc = MCMC(NUTS(normal_normal), 10, 10, store=tmp_path / "run", **options, **OPTIONS)
+    with pytest.raises(ValueError, match="its energies differ from those saved"):
+        mcmc.resume(2.0 * Y)
+    mcmc.resume(Y)
+    whole = drawn(seed=0, **options)
+    assert torch.equal(mcmc.get_samples()["mu"], whole.get_samples()["mu"])
+    assert mcmc.diagnostics()["acceptance rate"] == whole.diagnostics()["acceptance rate"]
+    assert pyroebm.open_run(tmp_path / "run").posterior["mu"].shape == (2, 10)
+    with pytest.raises(ValueError, match="resume requires the folder of a run, got store=None"):
+        whole.resume(Y)
 
 
 def test_a_run_is_compiled_on_request() -> None:
