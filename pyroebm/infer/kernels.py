@@ -108,8 +108,8 @@ class HMC(MCMCKernel):
         max_stepsize: ignored.
 
     Raises:
-        ValueError: unless exactly one of ``model`` and ``potential_fn`` is given; if a setting is
-            out of its range.
+        ValueError: unless exactly one of ``model`` and ``potential_fn`` is given; if ``model`` is
+            an :class:`pyroebm.core.Energy`; if a setting is out of its range.
 
     Example:
         >>> import pyro.distributions as dist
@@ -146,6 +146,12 @@ class HMC(MCMCKernel):
             raise ValueError(
                 f"exactly one of model and potential_fn must be given, got model={model!r} and"
                 f" potential_fn={potential_fn!r}"
+            )
+        if isinstance(model, Energy):
+            name = "NUTS" if isinstance(self, NUTS) else "HMC"
+            raise ValueError(
+                f"model must be a Pyro model, got the energy {type(model).__name__}: sample it by"
+                f" pyroebm.{name}, in pyroebm.MCMC(pyroebm.{name}(), ...).run(energy)"
             )
         self.trajectory_length = 2.0 * math.pi if trajectory_length is None else trajectory_length
         if not 0.0 < self.trajectory_length < math.inf:

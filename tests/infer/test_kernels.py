@@ -15,6 +15,8 @@ from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.mcmc import ArrowheadMassMatrix
 from torch import Tensor
 
+import pyroebm
+import pyroebm.targets
 from pyroebm.core.statistics import mcse_mean
 from pyroebm.infer import HMC, MCMC, NUTS
 from pyroebm.infer.mass_matrix import Blocks
@@ -282,6 +284,14 @@ def test_none_is_pyros_step_size() -> None:
 def test_blocks_that_do_not_exist_are_refused(full_mass: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         NUTS(correlated, full_mass=full_mass).setup(10)
+
+
+@pytest.mark.parametrize("kind", [NUTS, HMC])
+def test_an_energy_is_no_model(kind: Any) -> None:
+    said = rf"got the energy DoubleWell: sample it by pyroebm\.{kind.__name__}, in pyroebm\.MCMC"
+    assert hasattr(pyroebm, kind.__name__)
+    with pytest.raises(ValueError, match=said):
+        kind(pyroebm.targets.DoubleWell())
 
 
 def test_a_mass_matrix_of_another_kind_is_refused() -> None:
