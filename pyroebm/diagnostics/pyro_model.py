@@ -7,6 +7,7 @@ are one vectorized call where the model allows it.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -17,6 +18,7 @@ from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
+from pyroebm.core._checks import stacklevel_of_user
 from pyroebm.core.rowwise import map_rows
 from pyroebm.diagnostics.arviz_data import Coords, Dims, to_arviz
 
@@ -300,6 +302,14 @@ def _from_model(
         )
     # without draws of a latent variable a deterministic site would be a random value
     computed = [] if sites.missing else sites.deterministic
+    if left_out := sites.deterministic if sites.missing else []:
+        warnings.warn(
+            f"the deterministic sites {left_out} are left out, since the latent variables"
+            f" {sites.missing} have no draws: keep their draws, or draw discrete ones by"
+            " pyroebm.infer.Predictive(..., infer_discrete=True)",
+            RuntimeWarning,
+            stacklevel=stacklevel_of_user(),
+        )
     likelihoods = list(sites.observed) if log_likelihood else []
 
     def values(trace: poutine.Trace) -> dict[str, Tensor]:

@@ -240,11 +240,16 @@ def mixture(y: Tensor) -> None:
 
 def test_without_draws_of_a_latent_variable_nothing_random_is_reported() -> None:
     call = ModelCall(mixture, (Y,))
-    groups = model_groups(call, {"loc": drawn()["mean"]})
+    loc = drawn()["mean"]
+    with pytest.warns(RuntimeWarning, match=r"sites \['shift'\] are left out, .* \['z'\] have no"):
+        groups = model_groups(call, {"loc": loc})
     assert set(groups["posterior"]) == {"loc"}
     assert set(groups["observed_data"]) == {"y"}
     with pytest.raises(ValueError, match=r"draws of all latent variables, but \['z'\] have none"):
-        model_groups(call, {"loc": drawn()["mean"]}, log_likelihood=True)
+        model_groups(call, {"loc": loc}, log_likelihood=True)
+    loc = loc.flatten().float()  # the type of the Bernoulli
+    both = infer.Predictive(mixture, {"loc": loc}, infer_discrete=True)(Y.float())
+    torch.testing.assert_close(both["shift"], both["z"] + loc[:, None])
 
 
 def reserved(y: Tensor) -> None:
