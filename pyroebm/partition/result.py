@@ -72,6 +72,9 @@ class LogZ:
         """Direction of the bias, in words."""
         return BIAS[self.kind]
 
+    def __float__(self) -> float:
+        return self.value
+
     def __str__(self) -> str:
         weights = (
             ""
