@@ -538,6 +538,16 @@ def test_a_missing_or_foreign_part_is_named(
     assert open_run(tmp_path / "run").posterior["x"].shape == (3, 3, 2)
 
 
+def test_a_run_whose_state_was_removed_is_not_continued(tmp_path: Path) -> None:
+    run = driven(MALA(0.5), 3, warmup_steps=0, num_samples=3)
+    run.run(Stops(), store=tmp_path)
+    path = tmp_path / "batch00000.safetensors"
+    path.unlink()
+    with pytest.raises(FileError, match="there is no such file") as caught:
+        run.run_more(2)
+    assert caught.value.path == path
+
+
 def test_a_run_that_another_continued_is_not_continued_from_memory(tmp_path: Path) -> None:
     first, second = (driven(MALA(0.5), 3, warmup_steps=0, num_samples=3) for _ in range(2))
     first.run(Stops(), store=tmp_path)
