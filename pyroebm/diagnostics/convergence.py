@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroebm.core.arrays import tensor_of_numbers
 from pyroebm.core.energy import Energy
-from pyroebm.core.statistics import bfmi, ess_bulk, ess_tail, mcse_mean, r_hat
+from pyroebm.core.statistics import bfmi, embed_angles, ess_bulk, ess_tail, mcse_mean, r_hat
 from pyroebm.diagnostics.energy_probes import Tail, find_edge, find_tail, flat_part, has_gradient
 from pyroebm.diagnostics.stein import stein_residual
 from pyroebm.diagnostics.stuck import describe_chains, describe_range, describe_stuck, stuck_chains
@@ -239,9 +239,10 @@ def _diagnosed(
     """Return the function from states to what is diagnosed, by name."""
 
     def diagnosed(x: Tensor) -> dict[str, Tensor]:
-        sites, found = named(x), dict[str, Tensor]()
-        batch = next(iter(sites.values())).shape[:2]
+        sites = named(x)
         if observables is not None:
+            found = dict[str, Tensor]()
+            batch = next(iter(sites.values())).shape[:2]
             for name, function in observables.items():
                 found[name] = function(sites)
                 if found[name].shape[:2] != batch:
@@ -251,12 +252,7 @@ def _diagnosed(
                         f" {tuple(found[name].shape)}"
                     )
             return found
-        for name, value in sites.items():
-            if name in angles:
-                found |= {f"cos({name})": value.cos(), f"sin({name})": value.sin()}
-            else:
-                found[name] = value
-        return found
+        return embed_angles(sites, angles)
 
     return diagnosed
 

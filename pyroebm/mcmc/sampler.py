@@ -25,6 +25,7 @@ from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
+from pyroebm.core.statistics import embed_angles
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.diagnostics.arviz_data import Coords, Dims
@@ -564,7 +565,7 @@ class MCMC(AbstractMCMC):
                 target,
                 start,
                 generator,
-                named=target.named,
+                named=lambda x: embed_angles(target.named(x), target.angles()),
             )
         if store is None:
             return ChainBatch(self.plan, target, start, generator)
@@ -727,7 +728,7 @@ class MCMC(AbstractMCMC):
     def get_moments(self) -> dict[str, StreamingMoments]:
         """Return means, variances, R-hat and nested R-hat of each variable and statistic.
 
-        For runs with ``keep="moments"``.
+        For runs with ``keep="moments"``. Those of an angle x are of ``cos(x)`` and ``sin(x)``.
 
         Raises:
             ValueError: if nothing was drawn, or if the run keeps its draws.
