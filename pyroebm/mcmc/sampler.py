@@ -232,6 +232,7 @@ class MCMC(AbstractMCMC):
         )
         self.num_samples = num_samples
         self.num_chains = num_chains
+        self._given_seed = seed
         self.seed = fresh_seed(seed)
         self.keep = keep
         self.progress = progress
@@ -360,7 +361,9 @@ class MCMC(AbstractMCMC):
     ) -> None:
         """Finish an interrupted run, with the same draws as an uninterrupted one.
 
-        They are the same bit for bit on one machine.
+        They are the same bit for bit on one machine. The settings must be those of the run, except
+        that a larger ``num_samples`` extends it. The seed is that of the run, which another
+        seed that is given must not contradict.
 
         Args:
             energy: the energy of the run.
@@ -369,7 +372,7 @@ class MCMC(AbstractMCMC):
 
         Raises:
             ValueError: if there is no run to continue, or if the run in the folder has other
-                settings or another energy.
+                settings, another seed than the one given, more draws or another energy.
             FileError: if a file of the run is missing or damaged, or another process uses it.
         """
         if (energy is None) != (store is None):
@@ -383,6 +386,10 @@ class MCMC(AbstractMCMC):
             folder = Store(store, target.named)
         with folder.resume(self.layout) if folder else contextlib.nullcontext():
             if folder is not None and target is not None:
+                here = self._attributes()
+                if self._given_seed is None:
+                    del here["seed"]
+                _check_same(folder.attributes, here, "in the folder")
                 states = {number: folder.load(number) for number in self.layout.batches}
                 self._load(
                     {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
@@ -451,11 +458,7 @@ class MCMC(AbstractMCMC):
             }
             saved = from_text(own["settings"].cpu())
             seed, settings = saved.pop("seed"), self._settings(target, saved["warm_left"])
-            if saved != settings:
-                raise ValueError(
-                    f"state must be of the settings of this run, {settings}, got {saved}; construct"
-                    " MCMC with the settings of the saved run"
-                )
+            _check_same(saved, settings, "in the state" if store is None else "in the folder")
             with eval_mode(target):
                 x, generator = (
                     own["state.x"].to(target.device),
@@ -463,6 +466,12 @@ class MCMC(AbstractMCMC):
                 )
                 batch = self._new_batch(number, target, x, generator, store)
                 batch.load_state_dict(own)
+                if store is not None and batch.count > self.num_samples:
+                    raise ValueError(
+                        f"num_samples must be at least {batch.count}, the number of draws of each"
+                        f" chain in the folder, got num_samples={self.num_samples}; open_run(store)"
+                        " reads draws without continuing the run"
+                    )
                 energies = batch.kernel.refresh(target, batch.state).energy
                 # Compiled energies may differ by rounding.
                 if not torch.allclose(energies, batch.state.energy, rtol=1e-4, atol=1e-4):
@@ -480,7 +489,7 @@ class MCMC(AbstractMCMC):
     def _settings(self, target: Energy, warm_left: int) -> dict[str, Any]:
         return self.plan.settings(warm_left) | {
             "num_chains": self.num_chains,
-            "chain_batch_size": self.layout.size,
+            "chain_batch_size": len(self.layout.chains(0)),
             "keep": self.keep,
             "runs_ahead": self.plan.kernel.runs_ahead(target),
         }
@@ -819,7 +828,10 @@ class MCMC(AbstractMCMC):
             "seed": str(self.seed),
             "thinning": self.plan.thinning,
         }
-        return attributes | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
+        return attributes | {
+            "num_chains": self.num_chains,
+            "chain_batch_size": len(self.layout.chains(0)),
+        }
 
     def summary(self, **options: Any) -> Any:
         """Return ArviZ's summary table (a DataFrame) of the draws; warn of chains that never moved.
@@ -887,3 +899,20 @@ class MCMC(AbstractMCMC):
                 for name, row in zip(chains, stats["acceptance_rate"], strict=True)
             },
         }
+
+
+def _check_same(saved: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
+    """Check settings, those of a saved run among others.
+
+    Raises:
+        ValueError: with those that differ; the options of another kernel are not compared.
+    """
+    differ = [name for name, value in here.items() if saved.get(name, "not set") != value]
+    if "kernel" in differ:
+        differ = [name for name in differ if name in saved]
+    if differ:
+        listed = "; ".join(
+            f"{name} differs: {saved.get(name, 'not set')} {where}, {here[name]} here"
+            for name in differ
+        )
+        raise ValueError(f"{listed}; construct MCMC with the settings of the saved run")
