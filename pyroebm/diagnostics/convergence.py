@@ -237,6 +237,11 @@ def _diagnosed(
     angles: Sequence[str],
 ) -> Callable[[Tensor], Mapping[str, Tensor]]:
     """Return the function from states to what is diagnosed, by name."""
+    if observables is not None and not isinstance(observables, Mapping):
+        raise ValueError(
+            "observables must be a dictionary of functions by name, such as"
+            f' {{"square": lambda sites: sites["x"] ** 2}}, got {type(observables).__name__}'
+        )
 
     def diagnosed(x: Tensor) -> dict[str, Tensor]:
         sites = named(x)
@@ -244,7 +249,14 @@ def _diagnosed(
             found = dict[str, Tensor]()
             batch = next(iter(sites.values())).shape[:2]
             for name, function in observables.items():
-                found[name] = function(sites)
+                try:
+                    found[name] = function(sites)
+                except (KeyError, TypeError, AttributeError) as error:  # taken for a tensor
+                    raise ValueError(
+                        f"observables[{name!r}] must be a function of the dictionary of sites, with"
+                        f" the keys {list(sites)}, such as lambda sites:"
+                        f" sites[{next(iter(sites))!r}] ** 2, but raised {error!r}"
+                    ) from error
                 if found[name].shape[:2] != batch:
                     raise ValueError(
                         f"observables[{name!r}] must map sites of shape (chains, draws, ...) to"

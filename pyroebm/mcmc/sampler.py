@@ -856,9 +856,21 @@ class MCMC(AbstractMCMC):
             max_r_hat: threshold of R-hat.
             min_ess: threshold of the effective sample size.
             observables: functions of the samples, by name, that are diagnosed in place of the
-                sites: ``{"square": lambda samples: samples["x"] ** 2}``. A function takes the
+                sites, as in the example. A function takes the
                 dictionary that ``get_samples(group_by_chain=True)`` returns, and returns values of
                 shape ``(chains, draws, ...)``.
+
+        Raises:
+            ValueError: if ``observables`` is no dictionary, or a function does not fit.
+
+        Example:
+            >>> from pyroebm import MCMC, NUTS
+            >>> from pyroebm.targets import DoubleWell
+            >>> mcmc = MCMC(NUTS(), num_samples=500, warmup_steps=200, num_chains=8, seed=0)
+            >>> mcmc.run(DoubleWell())
+            >>> diagnosis = mcmc.diagnose(observables={"square": lambda sites: sites["x"] ** 2})
+            >>> diagnosis.r_hat < 1.05
+            True
         """
         with eval_mode(self._target):
             return diagnostics.diagnose(
