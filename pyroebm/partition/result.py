@@ -41,6 +41,7 @@ class LogZ:
         problem: why there is no standard error; None if there is one. For example, the weights have
             an ESS below 10 or a Pareto k above 0.7
             (:func:`pyroebm.core.statistics.weight_problem`). The value may then be far off.
+        caveat: what the standard error does not include, or why a quadrature is not exact.
 
     Example:
         >>> import torch
@@ -62,6 +63,7 @@ class LogZ:
     ess: float | None = None
     log_weights: Tensor | None = None
     problem: str | None = None
+    caveat: str = "modes without draws are not included"
 
     def __post_init__(self) -> None:
         if self.kind not in BIAS:
@@ -81,13 +83,13 @@ class LogZ:
             if self.ess is None or self.log_weights is None
             else f"; ESS {self.ess:.4g} of {len(self.log_weights)}"
         )
-        unseen = "" if self.kind == "exact" else "; modes without draws are not included"
+        caveat = "" if self.kind == "exact" else f"; {self.caveat}"
         error = (
             f" +- {self.standard_error:.2g}"
             if math.isfinite(self.standard_error)
             else ", no standard error" + (f": {self.problem}" if self.problem else "")
         )
-        what = f"{self.method}; {self.kind}: {self.bias}{weights}{unseen}"
+        what = f"{self.method}; {self.kind}: {self.bias}{weights}{caveat}"
         return f"log Z = {self.value:.4f}{error} ({what})"
 
 
