@@ -109,6 +109,13 @@ class Diagnosis:
         """Whether no problem was found."""
         return not self.findings
 
+    def __bool__(self) -> bool:
+        """Raise TypeError: whether draws have mixed is :attr:`mixed`."""
+        raise TypeError(
+            "a Diagnosis is neither true nor false: use diagnosis.mixed, or diagnosis.findings for"
+            " the problems"
+        )
+
     @property
     def heading(self) -> str:
         """The main problem in a few words; "Mixed" if none was found."""

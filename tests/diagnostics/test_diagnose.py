@@ -545,3 +545,8 @@ def test_no_chain_is_blamed_where_r_hat_fails_by_a_little() -> None:
 def test_observables_are_functions_of_the_sites(observables: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         diagnose(torch.zeros(4, 10), observables=observables)
+
+
+def test_a_diagnosis_has_no_truth_value() -> None:
+    with pytest.raises(TypeError, match=r"use diagnosis\.mixed"):
+        bool(Diagnosis(1.0, 1e4, 1e4, 0.9, 0, 1.0))
