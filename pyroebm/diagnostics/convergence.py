@@ -80,6 +80,8 @@ HEADINGS = {
 class Diagnosis:
     r"""Result of :func:`diagnose`: summary statistics and findings.
 
+    ``bool(diagnosis)`` raises TypeError: whether the draws passed is ``diagnosis.mixed``.
+
     Args:
         r_hat: largest R-hat over all entries that are not constant; NaN if there is none, or if
             there are too few draws.
