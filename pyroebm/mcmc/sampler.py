@@ -286,6 +286,8 @@ class MCMC(AbstractMCMC):
                 written.
         """
         target = self._target_of(energy)
+        zeros = torch.zeros((1, *target.event_shape), dtype=target.dtype, device=target.device)
+        _check_names(target.named(zeros), store is not None)
         folder = None if store is None else Store(store, target.named)
         # before the work, so that a folder that cannot be used is known at once
         with folder.start(self.layout, self._attributes()) if folder else contextlib.nullcontext():
@@ -318,9 +320,7 @@ class MCMC(AbstractMCMC):
                     x = to_support(energy.support).inv(initial[chains.start : chains.stop])
                 batches.append(self._new_batch(number, target, x, generator, folder))
             if batches:
-                first = batches[0].state.x
-                _check_names(target.named(first), folder is not None)
-                self._warn_of_edges(target, first)
+                self._warn_of_edges(target, batches[0].state.x)
         self._compile(target, batches, self.num_samples)
         # Replace the previous run only now, so that an error above leaves it unchanged.
         self._target = target

@@ -172,17 +172,13 @@ class BidirectionalAIS:
         >>> import torch
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.partition import bidirectional_ais
-        >>> print(
-        ...     bidirectional_ais(
-        ...         BernoulliRBM(3, 2, weight=torch.zeros(3, 2)), betas=10, num_chains=20
-        ...     )
-        ... )  # doctest: +NORMALIZE_WHITESPACE
-        log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 20 of 20; modes without draws are not
-        included)
-        log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 20 of 20; modes without draws
-        are not included)
-        log Z = 3.4657 +- 0 (AIS both ways; estimate: biased either way; modes without draws are not
-        included)
+        >>> rbm = BernoulliRBM(3, 2, weight=torch.zeros(3, 2))
+        >>> both = bidirectional_ais(rbm, betas=10, num_chains=20)
+        >>> for estimate in (both.forward, both.reverse, both.combined):
+        ...     print(estimate.kind, round(estimate.value, 4))
+        lower 3.4657
+        upper 3.4657
+        estimate 3.4657
     """
 
     forward: LogZ

@@ -137,7 +137,8 @@ def test_von_mises_sites_of_a_model() -> None:
     mcmc.run(energy)
     samples = mcmc.get_samples(group_by_chain=True)
     for name in ("t", "many"):
-        assert float(samples[name].abs().max()) <= math.pi
+        angles = samples[name]
+        assert angles.abs().max() <= torch.tensor(math.pi, dtype=angles.dtype)  # as it rounds pi
     many = samples["many"].cos()
     size = torch.tensor([0.3, 2.0])
     truth = torch.special.i1(size) / torch.special.i0(size)
