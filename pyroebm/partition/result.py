@@ -63,7 +63,7 @@ class LogZ:
     ess: float | None = None
     log_weights: Tensor | None = None
     problem: str | None = None
-    caveat: str = "modes without draws are not included"
+    caveat: str = dataclasses.field(default="modes without draws are not included", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.kind not in BIAS:

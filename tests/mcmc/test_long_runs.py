@@ -545,7 +545,8 @@ def test_a_run_is_resumed_with_its_settings_alone(tmp_path: Path) -> None:
         settings = {"num_samples": 6, "num_chains": 8, "chain_batch_size": 4, "warmup_steps": 0}
         return MCMC(MALA(0.5), progress=False, **(settings | changed))  # type: ignore[arg-type]
 
-    whole, run, wide = like(seed=5, num_samples=9), like(seed=5), like(seed=5, chain_batch_size=8)
+    whole, run = like(seed=5, num_samples=9), like(seed=5)
+    wide = like(seed=5, chain_batch_size=8)
     whole.run(Stops())
     run.run(Stops(), store=tmp_path / "run")
     wide.run(Stops(), store=tmp_path / "wide")
