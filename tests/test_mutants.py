@@ -279,8 +279,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "what is learned depends on how many steps come together": (
         "kernels/adaptation/windows.py",
-        "pooled = pooled.update(rows(taken.x[i]), grad, moved)",
-        "pooled = pooled.update(rows(taken.x[-1]), grad, moved)",
+        "_on_circle(rows(taken.x[i]), periodic)",
+        "_on_circle(rows(taken.x[-1]), periodic)",
         "tests/kernels/test_driver.py",
     ),
     "a checksum is not compared": (

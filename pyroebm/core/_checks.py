@@ -73,7 +73,14 @@ def check_values(
             f"{name}.forward must return a tensor of energies, got {type(values).__name__}"
         )
     if values.shape != batch:
-        hint = "; drop the last dimension with .squeeze(-1)" if values.shape == (*batch, 1) else ""
+        hint = ""
+        if values.shape == (*batch, 1):
+            hint = "; drop the last dimension with .squeeze(-1)"
+        elif not event_shape and values.dim() < len(batch):
+            hint = (
+                f"; () is the event_shape of a class that sets none: if {name} is of vectors, write"
+                " event_shape = (2,) in it, with their length"
+            )
         raise ValueError(
             f"{name}.forward must return one energy per event: for x of shape {tuple(x.shape)}"
             " with event_shape"

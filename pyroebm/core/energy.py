@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import cast
+from typing import SupportsFloat, cast
 
 import numpy as np
 import torch
@@ -303,16 +303,20 @@ class Energy(Saveable):
         """
         return self(self.as_states(x2, "x2")) - self(self.as_states(x1, "x1"))
 
-    def score_samples(self, x: Tensor | np.ndarray) -> Tensor:
-        r"""Return the log-density, normalized if log Z is known.
+    def score_samples(self, x: Tensor | np.ndarray, log_z: SupportsFloat | None = None) -> Tensor:
+        r"""Return the log-density, normalized if log Z is known or given.
 
-        It is :math:`\log p(x) = -E(x) - \log Z` if ``log_z`` is known, else :math:`-E(x)`, in nats.
+        It is :math:`\log p(x) = -E(x) - \log Z` if log Z is known, else :math:`-E(x)`, in nats.
+        Give an estimate as ``log_z``, do not subtract it: a small machine knows its log Z, which
+        would then be subtracted twice.
         Outside the support it is :math:`-\infty`, as ``logpdf`` and ``logpmf`` of SciPy are, and
         NaN for an event with a NaN; the energy is not evaluated there. The name is that of
         scikit-learn's density estimators.
 
         Args:
             x: events, shape ``(*batch, *event)``, of the energy's dtype, or a NumPy array.
+            log_z: log Z, a number or the result of an estimator of :mod:`pyroebm.partition`. None
+                is the ``log_z`` of the energy.
 
         Returns:
             shape ``(*batch)``.
@@ -339,8 +343,8 @@ class Energy(Saveable):
             values = torch.where(valid, -self(torch.where(rows, x, x[valid][0])), -math.inf)
         missing = torch.isnan(x).flatten(-dims).any(-1) if dims else torch.isnan(x)
         values = torch.where(missing, math.nan, values)
-        log_z = self.log_z
-        return values if log_z is None else values - log_z
+        known = self.log_z if log_z is None else float(log_z)
+        return values if known is None else values - known
 
     def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables, each ``(*batch, *shape)``.

@@ -265,8 +265,8 @@ def _started(pid: int) -> str:
     return stat.rpartition(b")")[2].split()[19].decode()
 
 
-#: Lock files that this process holds.
-_HELD: set[Path] = set()
+#: Lock files that are held, each with the process: a fork inherits those of its parent.
+_HELD: dict[Path, int] = {}
 
 
 class Lock:
@@ -311,20 +311,29 @@ class Lock:
                     break
                 except FileExistsError:
                     self._remove_stale()
-            _HELD.add(self.path)
-            self._release = weakref.finalize(self, _release, self.path, os.getpid())
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(dataclasses.asdict(_Holder.current()), file)
+            holder = _Holder.current()
+            content = json.dumps(dataclasses.asdict(holder)).encode()
+            _HELD[self.path] = holder.pid
+            self._release = weakref.finalize(self, _release, self.path, holder.pid, content)
+            try:
+                with open(handle, "wb") as file:
+                    file.write(content)
+            except OSError:
+                self.path.unlink(missing_ok=True)
+                raise
 
     def release(self) -> None:
-        """Remove the lock file, if this object holds it."""
+        """Remove the lock file, if this object holds it.
+
+        If somebody has deleted the file, that of the next holder stays.
+        """
         if self._release is not None:
             self._release()
 
     @property
     def held_elsewhere(self) -> bool:
         """Whether another process may hold the lock."""
-        if self.path in _HELD or not self.path.exists():
+        if _HELD.get(self.path) == os.getpid() or not self.path.exists():
             return False
         holder = self._holder()
         return holder is None or not holder.is_dead()
@@ -338,7 +347,7 @@ class Lock:
 
     def _remove_stale(self) -> None:
         """Remove the lock file of a process that has ended, else raise FileError."""
-        if self.path in _HELD:
+        if _HELD.get(self.path) == os.getpid():
             raise FileError(
                 self.locked,
                 "it is in use by another object of this process: end it first (a trainer by"
@@ -381,10 +390,12 @@ class Lock:
         self.release()
 
 
-def _release(path: Path, pid: int) -> None:
+def _release(path: Path, pid: int, content: bytes) -> None:
     if pid == os.getpid():  # not in a fork of the holder
-        _HELD.discard(path)
-        path.unlink(missing_ok=True)
+        _HELD.pop(path, None)
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_bytes() == content:
+                path.unlink()
 
 
 def _age(begin: float) -> str:

@@ -6,7 +6,7 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "arviz",
     "is_new_arviz",
+    "embed_angles",
     "as_array",
     "r_hat",
     "ess_bulk",
@@ -54,6 +55,27 @@ def arviz() -> Any:
 def is_new_arviz() -> bool:
     """Whether the installed ArviZ is of the 1.x line, whose functions and containers differ."""
     return int(arviz().__version__.split(".")[0]) >= 1
+
+
+def embed_angles(values: Mapping[str, Tensor], angles: Collection[str]) -> dict[str, Tensor]:
+    """Replace angles by their cosine and sine, which have means and variances.
+
+    Args:
+        values: values by name.
+        angles: the names of those that are angles modulo 2 pi.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> list(embed_angles({"phi": x, "y": x}, ["phi"]))
+        ['cos(phi)', 'sin(phi)', 'y']
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if name in angles:
+            found |= {f"cos({name})": value.cos(), f"sin({name})": value.sin()}
+        else:
+            found[name] = value
+    return found
 
 
 def as_array(draws: Tensor | np.ndarray, name: str = "draws") -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroebm.core.arrays import tensor_of_numbers
 from pyroebm.core.energy import Energy
-from pyroebm.core.statistics import bfmi, ess_bulk, ess_tail, mcse_mean, r_hat
+from pyroebm.core.statistics import bfmi, embed_angles, ess_bulk, ess_tail, mcse_mean, r_hat
 from pyroebm.diagnostics.energy_probes import Tail, find_edge, find_tail, flat_part, has_gradient
 from pyroebm.diagnostics.stein import stein_residual
 from pyroebm.diagnostics.stuck import describe_chains, describe_range, describe_stuck, stuck_chains
@@ -80,6 +80,8 @@ HEADINGS = {
 class Diagnosis:
     r"""Result of :func:`diagnose`: summary statistics and findings.
 
+    ``bool(diagnosis)`` raises TypeError: whether the draws passed is ``diagnosis.mixed``.
+
     Args:
         r_hat: largest R-hat over all entries that are not constant; NaN if there is none, or if
             there are too few draws.
@@ -108,6 +110,13 @@ class Diagnosis:
     def mixed(self) -> bool:
         """Whether no problem was found."""
         return not self.findings
+
+    def __bool__(self) -> bool:
+        """Raise TypeError: whether draws have mixed is :attr:`mixed`."""
+        raise TypeError(
+            "a Diagnosis is neither true nor false: use diagnosis.mixed, or diagnosis.findings for"
+            " the problems"
+        )
 
     @property
     def heading(self) -> str:
@@ -237,13 +246,26 @@ def _diagnosed(
     angles: Sequence[str],
 ) -> Callable[[Tensor], Mapping[str, Tensor]]:
     """Return the function from states to what is diagnosed, by name."""
+    if observables is not None and not isinstance(observables, Mapping):
+        raise ValueError(
+            "observables must be a dictionary of functions by name, such as"
+            f' {{"square": lambda sites: sites["x"] ** 2}}, got {type(observables).__name__}'
+        )
 
     def diagnosed(x: Tensor) -> dict[str, Tensor]:
-        sites, found = named(x), dict[str, Tensor]()
-        batch = next(iter(sites.values())).shape[:2]
+        sites = named(x)
         if observables is not None:
+            found = dict[str, Tensor]()
+            batch = next(iter(sites.values())).shape[:2]
             for name, function in observables.items():
-                found[name] = function(sites)
+                try:
+                    found[name] = function(sites)
+                except (KeyError, TypeError, AttributeError) as error:  # taken for a tensor
+                    raise ValueError(
+                        f"observables[{name!r}] must be a function of the dictionary of sites, with"
+                        f" the keys {list(sites)}, such as lambda sites:"
+                        f" sites[{next(iter(sites))!r}] ** 2, but raised {error!r}"
+                    ) from error
                 if found[name].shape[:2] != batch:
                     raise ValueError(
                         f"observables[{name!r}] must map sites of shape (chains, draws, ...) to"
@@ -251,12 +273,7 @@ def _diagnosed(
                         f" {tuple(found[name].shape)}"
                     )
             return found
-        for name, value in sites.items():
-            if name in angles:
-                found |= {f"cos({name})": value.cos(), f"sin({name})": value.sin()}
-            else:
-                found[name] = value
-        return found
+        return embed_angles(sites, angles)
 
     return diagnosed
 

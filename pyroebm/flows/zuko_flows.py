@@ -49,7 +49,9 @@ def _spline() -> Any:
             mask, x0, x1, y0, y1, d0, d1, s = self.bin(self.searchsorted(self.vertical, y) - 1)
             height, above = y1 - y0, torch.where(mask, y - y0, 0.0)
             bend = above * (d0 + d1 - 2 * s)
-            a, b, c = height * (s - d0) + bend, height * d0 - bend, -s * above
+            a = height * (s - d0) + bend
+            b = height * d0 - bend
+            c = -s * above
             # In float32 it is negative in one of thousands of rows. The square root has no
             # derivative at 0. A NaN stays NaN.
             square = b**2 - 4 * a * c

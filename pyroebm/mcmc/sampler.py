@@ -25,6 +25,7 @@ from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
+from pyroebm.core.statistics import embed_angles
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.diagnostics.arviz_data import Coords, Dims
@@ -231,6 +232,7 @@ class MCMC(AbstractMCMC):
         )
         self.num_samples = num_samples
         self.num_chains = num_chains
+        self._given_seed = seed
         self.seed = fresh_seed(seed)
         self.keep = keep
         self.progress = progress
@@ -284,6 +286,8 @@ class MCMC(AbstractMCMC):
                 written.
         """
         target = self._target_of(energy)
+        zeros = torch.zeros((1, *target.event_shape), dtype=target.dtype, device=target.device)
+        _check_names(target.named(zeros), store is not None)
         folder = None if store is None else Store(store, target.named)
         # before the work, so that a folder that cannot be used is known at once
         with folder.start(self.layout, self._attributes()) if folder else contextlib.nullcontext():
@@ -316,9 +320,7 @@ class MCMC(AbstractMCMC):
                     x = to_support(energy.support).inv(initial[chains.start : chains.stop])
                 batches.append(self._new_batch(number, target, x, generator, folder))
             if batches:
-                first = batches[0].state.x
-                _check_names(target.named(first), folder is not None)
-                self._warn_of_edges(target, first)
+                self._warn_of_edges(target, batches[0].state.x)
         self._compile(target, batches, self.num_samples)
         # Replace the previous run only now, so that an error above leaves it unchanged.
         self._target = target
@@ -359,7 +361,9 @@ class MCMC(AbstractMCMC):
     ) -> None:
         """Finish an interrupted run, with the same draws as an uninterrupted one.
 
-        They are the same bit for bit on one machine.
+        They are the same bit for bit on one machine. The settings must be those of the run, except
+        that a larger ``num_samples`` extends it. The seed is that of the run, which another
+        seed that is given must not contradict.
 
         Args:
             energy: the energy of the run.
@@ -368,7 +372,7 @@ class MCMC(AbstractMCMC):
 
         Raises:
             ValueError: if there is no run to continue, or if the run in the folder has other
-                settings or another energy.
+                settings, another seed than the one given, more draws or another energy.
             FileError: if a file of the run is missing or damaged, or another process uses it.
         """
         if (energy is None) != (store is None):
@@ -382,6 +386,10 @@ class MCMC(AbstractMCMC):
             folder = Store(store, target.named)
         with folder.resume(self.layout) if folder else contextlib.nullcontext():
             if folder is not None and target is not None:
+                here = self._attributes()
+                if self._given_seed is None:
+                    del here["seed"]
+                _check_same(folder.attributes, here, "in the folder")
                 states = {number: folder.load(number) for number in self.layout.batches}
                 self._load(
                     {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
@@ -450,11 +458,7 @@ class MCMC(AbstractMCMC):
             }
             saved = from_text(own["settings"].cpu())
             seed, settings = saved.pop("seed"), self._settings(target, saved["warm_left"])
-            if saved != settings:
-                raise ValueError(
-                    f"state must be of the settings of this run, {settings}, got {saved}; construct"
-                    " MCMC with the settings of the saved run"
-                )
+            _check_same(saved, settings, "in the state" if store is None else "in the folder")
             with eval_mode(target):
                 x, generator = (
                     own["state.x"].to(target.device),
@@ -462,6 +466,12 @@ class MCMC(AbstractMCMC):
                 )
                 batch = self._new_batch(number, target, x, generator, store)
                 batch.load_state_dict(own)
+                if store is not None and batch.count > self.num_samples:
+                    raise ValueError(
+                        f"num_samples must be at least {batch.count}, the number of draws of each"
+                        f" chain in the folder, got num_samples={self.num_samples}; open_run(store)"
+                        " reads draws without continuing the run"
+                    )
                 energies = batch.kernel.refresh(target, batch.state).energy
                 # Compiled energies may differ by rounding.
                 if not torch.allclose(energies, batch.state.energy, rtol=1e-4, atol=1e-4):
@@ -479,7 +489,7 @@ class MCMC(AbstractMCMC):
     def _settings(self, target: Energy, warm_left: int) -> dict[str, Any]:
         return self.plan.settings(warm_left) | {
             "num_chains": self.num_chains,
-            "chain_batch_size": self.layout.size,
+            "chain_batch_size": len(self.layout.chains(0)),
             "keep": self.keep,
             "runs_ahead": self.plan.kernel.runs_ahead(target),
         }
@@ -564,7 +574,7 @@ class MCMC(AbstractMCMC):
                 target,
                 start,
                 generator,
-                named=target.named,
+                named=lambda x: embed_angles(target.named(x), target.angles()),
             )
         if store is None:
             return ChainBatch(self.plan, target, start, generator)
@@ -727,7 +737,7 @@ class MCMC(AbstractMCMC):
     def get_moments(self) -> dict[str, StreamingMoments]:
         """Return means, variances, R-hat and nested R-hat of each variable and statistic.
 
-        For runs with ``keep="moments"``.
+        For runs with ``keep="moments"``. Those of an angle x are of ``cos(x)`` and ``sin(x)``.
 
         Raises:
             ValueError: if nothing was drawn, or if the run keeps its draws.
@@ -818,7 +828,10 @@ class MCMC(AbstractMCMC):
             "seed": str(self.seed),
             "thinning": self.plan.thinning,
         }
-        return attributes | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
+        return attributes | {
+            "num_chains": self.num_chains,
+            "chain_batch_size": len(self.layout.chains(0)),
+        }
 
     def summary(self, **options: Any) -> Any:
         """Return ArviZ's summary table (a DataFrame) of the draws; warn of chains that never moved.
@@ -843,9 +856,21 @@ class MCMC(AbstractMCMC):
             max_r_hat: threshold of R-hat.
             min_ess: threshold of the effective sample size.
             observables: functions of the samples, by name, that are diagnosed in place of the
-                sites: ``{"square": lambda samples: samples["x"] ** 2}``. A function takes the
+                sites, as in the example. A function takes the
                 dictionary that ``get_samples(group_by_chain=True)`` returns, and returns values of
                 shape ``(chains, draws, ...)``.
+
+        Raises:
+            ValueError: if ``observables`` is no dictionary, or a function does not fit.
+
+        Example:
+            >>> from pyroebm import MCMC, NUTS
+            >>> from pyroebm.targets import DoubleWell
+            >>> mcmc = MCMC(NUTS(), num_samples=500, warmup_steps=200, num_chains=8, seed=0)
+            >>> mcmc.run(DoubleWell())
+            >>> diagnosis = mcmc.diagnose(observables={"square": lambda sites: sites["x"] ** 2})
+            >>> diagnosis.r_hat < 1.05
+            True
         """
         with eval_mode(self._target):
             return diagnostics.diagnose(
@@ -886,3 +911,20 @@ class MCMC(AbstractMCMC):
                 for name, row in zip(chains, stats["acceptance_rate"], strict=True)
             },
         }
+
+
+def _check_same(saved: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
+    """Check settings, those of a saved run among others.
+
+    Raises:
+        ValueError: with those that differ; the options of another kernel are not compared.
+    """
+    differ = [name for name, value in here.items() if saved.get(name, "not set") != value]
+    if "kernel" in differ:
+        differ = [name for name in differ if name in saved]
+    if differ:
+        listed = "; ".join(
+            f"{name} differs: {saved.get(name, 'not set')} {where}, {here[name]} here"
+            for name in differ
+        )
+        raise ValueError(f"{listed}; construct MCMC with the settings of the saved run")

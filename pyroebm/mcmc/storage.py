@@ -354,8 +354,13 @@ def _written(folder: Path, batch: int, phase: str) -> int:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Return numbers that change when a file is written again."""
-    stat = path.stat()
+    """Return numbers that change when a file is written again.
+
+    Raises:
+        FileError: if there is no such file.
+    """
+    with reading(path):
+        stat = path.stat()
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 

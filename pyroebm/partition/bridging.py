@@ -16,7 +16,7 @@ from pyroebm.core._checks import check_counts
 from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.statistics import MIN_ESS, ess_bulk
-from pyroebm.core.supports import to_support
+from pyroebm.core.supports import is_discrete, to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layers import Layers
 from pyroebm.partition.bases import base_energy
@@ -24,6 +24,9 @@ from pyroebm.partition.result import LogZ, check_exact_draws
 from pyroebm.smc import check_path
 
 __all__ = ["bennett_acceptance_ratio", "bridge"]
+
+#: Expected number of constant chains of independent draws below which a constant chain is stuck.
+IMPROBABLE = 1e-3
 
 
 def bennett_acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
@@ -100,7 +103,8 @@ def bridge(
 
     Raises:
         ValueError: if a shape does not fit, there are no exact draws, chains have fewer than 4
-            draws or never moved, or the energy has no finite normalizing constant.
+            draws or never moved (chains of discrete states may be constant by chance), or the
+            energy has no finite normalizing constant.
         FloatingPointError: if an energy is not finite at its own draws, or NaN.
 
     Example:
@@ -122,7 +126,7 @@ def bridge(
             f"draws must have shape (n, *event) or (chains, n, *event), got {tuple(draws.shape)}"
         )
     if len(batch) == 2:
-        _check_chains(draws)
+        _check_chains(draws, is_discrete(energy.support))
     target, start = unconstrain(energy), unconstrain(reference)
     path = GeometricPath(target, 1.0, start)
     with eval_mode(energy), torch.no_grad():
@@ -141,11 +145,14 @@ def bridge(
     return LogZ(value, error, "estimate", "bridge sampling", problem=problem)
 
 
-def _check_chains(draws: Tensor) -> None:
+def _check_chains(draws: Tensor, discrete: bool) -> None:
     """Check that draws ``(chains, n, *event)`` have an effective sample size.
 
+    A chain of discrete states may be constant by chance, at a frequent state.
+
     Raises:
-        ValueError: if n is below 4, or if a chain never moved.
+        ValueError: if n is below 4, if no chain moved, or if one did not that would have if its
+            draws were independent.
     """
     if draws.shape[1] < 4:
         raise ValueError(
@@ -154,6 +161,13 @@ def _check_chains(draws: Tensor) -> None:
             " independent draws with the shape (n, *event)"
         )
     constant = (draws == draws[:, :1]).flatten(1).all(1)
+    if discrete and not bool(constant.all()):
+        chains, n = draws.shape[:2]
+        _, state, counts = draws.reshape(chains * n, -1).unique(
+            dim=0, return_inverse=True, return_counts=True
+        )
+        frequency = counts[state.reshape(chains, n)[:, 0]] / (chains * n)
+        constant &= chains * frequency ** (n - 1) < IMPROBABLE
     if bool(constant.any()):
         stuck = constant.nonzero().flatten().tolist()
         named = ", ".join(map(str, stuck[:5])) + (", ..." if len(stuck) > 5 else "")

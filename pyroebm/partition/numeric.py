@@ -14,6 +14,7 @@ from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.enumeration import BATCH, state_batches
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
+from pyroebm.core.statistics import Kind
 from pyroebm.core.supports import is_discrete, site_values, to_support
 from pyroebm.core.wrappers import check_weighable, eval_mode, unconstrain
 from pyroebm.energies.layered import LayeredMachine
@@ -152,9 +153,13 @@ def quadrature(
         5.03228400...
     """
     value, _, error, dim = _integrate(energy, None, bounds, tolerance, progress)
-    return LogZ(
-        value, error, "exact" if error <= tolerance else "estimate", f"quadrature in {dim}-D"
+    caveat = f"tolerance {tolerance:g} not reached" + (
+        " by the finest rule"
+        if energy.dtype == torch.float64
+        else f" in {str(energy.dtype).removeprefix('torch.')}; use float64"
     )
+    kind: Kind = "exact" if error <= tolerance else "estimate"
+    return LogZ(value, error, kind, f"quadrature in {dim}-D", caveat=caveat)
 
 
 def expectation(

@@ -41,6 +41,7 @@ class LogZ:
         problem: why there is no standard error; None if there is one. For example, the weights have
             an ESS below 10 or a Pareto k above 0.7
             (:func:`pyroebm.core.statistics.weight_problem`). The value may then be far off.
+        caveat: what the standard error does not include, or why a quadrature is not exact.
 
     Example:
         >>> import torch
@@ -62,6 +63,7 @@ class LogZ:
     ess: float | None = None
     log_weights: Tensor | None = None
     problem: str | None = None
+    caveat: str = dataclasses.field(default="modes without draws are not included", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.kind not in BIAS:
@@ -72,19 +74,22 @@ class LogZ:
         """Direction of the bias, in words."""
         return BIAS[self.kind]
 
+    def __float__(self) -> float:
+        return self.value
+
     def __str__(self) -> str:
         weights = (
             ""
             if self.ess is None or self.log_weights is None
             else f"; ESS {self.ess:.4g} of {len(self.log_weights)}"
         )
-        unseen = "" if self.kind == "exact" else "; modes without draws are not included"
+        caveat = "" if self.kind == "exact" else f"; {self.caveat}"
         error = (
             f" +- {self.standard_error:.2g}"
             if math.isfinite(self.standard_error)
             else ", no standard error" + (f": {self.problem}" if self.problem else "")
         )
-        what = f"{self.method}; {self.kind}: {self.bias}{weights}{unseen}"
+        what = f"{self.method}; {self.kind}: {self.bias}{weights}{caveat}"
         return f"log Z = {self.value:.4f}{error} ({what})"
 
 
@@ -167,17 +172,13 @@ class BidirectionalAIS:
         >>> import torch
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.partition import bidirectional_ais
-        >>> print(
-        ...     bidirectional_ais(
-        ...         BernoulliRBM(3, 2, weight=torch.zeros(3, 2)), betas=10, num_chains=20
-        ...     )
-        ... )  # doctest: +NORMALIZE_WHITESPACE
-        log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 20 of 20; modes without draws are not
-        included)
-        log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 20 of 20; modes without draws
-        are not included)
-        log Z = 3.4657 +- 0 (AIS both ways; estimate: biased either way; modes without draws are not
-        included)
+        >>> rbm = BernoulliRBM(3, 2, weight=torch.zeros(3, 2))
+        >>> both = bidirectional_ais(rbm, betas=10, num_chains=20)
+        >>> for estimate in (both.forward, both.reverse, both.combined):
+        ...     print(estimate.kind, round(estimate.value, 4))
+        lower 3.4657
+        upper 3.4657
+        estimate 3.4657
     """
 
     forward: LogZ

@@ -32,7 +32,7 @@ from pyroebm.training.distributed import (
     reason_of_end,
     same_start,
 )
-from pyroebm.training.guards import Guard, Rollback
+from pyroebm.training.guards import Guard, Rollback, StepError
 from pyroebm.training.history import History
 from pyroebm.training.log import TrainingLog
 from pyroebm.training.optimizers import AnyOptimizer, AnySchedule, make_players
@@ -422,19 +422,18 @@ class Trainer:
             ValueError: if the training is finished.
             StepError: at a failed step, with its number, the metrics and the row of the data that
                 is at fault, unless the guard rolls back. Parameters and optimizer are those after
-                the previous step, unless the optimizer itself failed.
+                the previous step, unless the optimizer itself failed. Also if the validation after
+                the step raises an exception.
         """
         if self.finished:
             raise ValueError(f"the training is finished after {self.steps_done} steps")
         number = self.steps_done
-        if isinstance(self.objective, Objective):
-            self.objective.begin_step(number, self.num_steps)
         due = time.monotonic() - self._saved >= CHECKPOINT_EVERY
         loss, metrics, due = self._update(number, due)
         self.steps_done += 1
         if number % self._log_every == 0:
             self.history.record(number, {"loss": loss, **metrics})
-        metrics = metrics | self._validate(number)
+        metrics = metrics | self._validate(number, metrics)
         if self._ranks[1] == 1 and self._stop_requested:
             self._stopped = True
         left = self.steps_done < self.num_steps
@@ -449,7 +448,8 @@ class Trainer:
     def steps(self) -> Iterator[Step]:
         """Iterate over the remaining steps, with progress.
 
-        If the loop ends early, the checkpoint is written.
+        If the loop ends early, the checkpoint is written. The training is closed at its end, and
+        after an exception: see :meth:`close`.
         """
         show = self._progress if self._ranks[0] == 0 else False
         try:
@@ -464,18 +464,16 @@ class Trainer:
                     except GeneratorExit:
                         self._leave()
                         raise
-            self.close()
         finally:
-            self._unlock()
+            self.close()
 
     def _leave(self) -> None:
         """End the training early, and write the checkpoint if all processes end it here."""
         if self.finished:
             return
-        if self._ranks[1] == 1 or set(agree(LEFT)) == {LEFT}:
-            if self._checkpoint is not None:
-                self.save()
-            self.close()
+        together = self._ranks[1] == 1 or set(agree(LEFT)) == {LEFT}
+        if together and self._checkpoint is not None:
+            self.save()
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -537,14 +535,29 @@ class Trainer:
             raise ValueError("checkpoint must be given to save and restore, got checkpoint=None")
         return self._checkpoint
 
-    def _validate(self, number: int) -> dict[str, float]:
-        """Return the metrics on the validation data, if an evaluation is due."""
+    def _validate(self, number: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics on the validation data, if an evaluation is due.
+
+        Raises:
+            StepError: if it raises an exception, with the metrics of the step.
+        """
         every = self._validate_every
         if self._validation is None or every is None:
             return {}
         if (number + 1) % every and number + 1 != self.num_steps:
             return {}
-        values = self._validation.evaluate(self.module, number)
+        try:
+            values = self._validation.evaluate(self.module, number)
+        except ProcessError:  # of another process
+            raise
+        except Exception as error:
+            raise StepError(
+                f"fit: at step {number} {type(error).__name__} was raised in the validation:"
+                f" {error}; parameters and optimizer are those after the step. Metrics:"
+                f" {dict(metrics)}",
+                number,
+                metrics,
+            ) from error
         self.history.validation.record(number, values)
         self._note_validation()
         return {f"validation_{name}": value for name, value in values.items()}
@@ -592,6 +605,8 @@ class Trainer:
 
         def differentiate() -> dict[str, Tensor]:
             nonlocal batch
+            if isinstance(self.objective, Objective):
+                self.objective.begin_step(number, self.num_steps)
             if self._batches is not None:
                 batch = self._batches(number)
             return self._differentiate(batch)

@@ -24,7 +24,7 @@ from pyroebm.objectives import (
     LogVariance,
     PersistentCD,
 )
-from pyroebm.partition import base_rates
+from pyroebm.partition import base_rates, exact
 from pyroebm.targets import BernoulliProduct, Beta, Dirichlet, DoubleWell, Exponential, Gaussian
 from pyroebm.training import impute
 
@@ -75,6 +75,15 @@ def test_log_densities_are_scipys_inside_and_outside_of_a_support(
     expected = np.asarray(truth(x))
     np.testing.assert_allclose(energy.score_samples(x).numpy(), expected, rtol=1e-12)
     np.testing.assert_allclose(energy.score_samples(torch.tensor(rows, dtype=F64)), expected)
+
+
+def test_a_given_log_z_replaces_that_of_the_energy() -> None:
+    machine = BernoulliRBM(3, 2, dtype=F64)  # knows its log Z
+    x = torch.eye(3, dtype=F64)
+    result = exact(machine)
+    torch.testing.assert_close(machine.score_samples(x, log_z=result), -machine(x) - result.value)
+    torch.testing.assert_close(machine.score_samples(x, log_z=1.0), -machine(x) - 1.0)
+    torch.testing.assert_close(machine.score_samples(x, log_z=0.0), -machine(x))
 
 
 def test_the_energy_is_evaluated_inside_its_support_alone() -> None:

@@ -120,6 +120,16 @@ def test_a_column_of_energies_is_refused() -> None:
         Returns(lambda x: x.sum(-1) - x.sum(-1, keepdim=True), (3,))(randn(5, 3))
 
 
+def test_an_energy_of_vectors_without_event_shape_is_named() -> None:
+    class Vectors(Energy):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.square().sum(-1)
+
+    for x in (randn(5, 2), randn(2)):
+        with pytest.raises(ValueError, match=r"a class that sets none: if Vectors .* = \(2,\)"):
+            Vectors()(x)
+
+
 @pytest.mark.parametrize("shape", [(3, 4), (4,), ()])
 def test_wrong_events_are_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011

@@ -257,6 +257,35 @@ def test_a_lock_is_of_one_object(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_the_lock_of_the_next_holder_is_not_released(tmp_path: Path) -> None:
+    """Somebody deleted the lock file, and another process has taken the lock."""
+    path = tmp_path / "run.lock"
+    with files.Lock(path, path):
+        path.unlink()
+        lock_of(tmp_path / "run", host="elsewhere")
+        content = path.read_text()
+    assert path.read_text() == content
+
+
+def test_a_fork_does_not_hold_the_locks_of_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with files.Lock(path, path) as lock:
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            said = "taken"
+            try:
+                files.Lock(path, path).acquire()
+            except FileError as error:
+                said = f"{lock.held_elsewhere} {error}"
+            os.write(writer, said.encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        said = os.read(reader, 10_000).decode()
+        os.close(reader)
+        os.close(writer)
+        assert f"True {path}: it is in use by process {os.getpid()} on " in said
+
+
 def test_processes_that_take_one_lock_take_turns(tmp_path: Path) -> None:
     """Many take over the lock of a dead process at once: one holds it at a time."""
     lock_of(tmp_path / "run", pid=dead_process())

@@ -531,3 +531,22 @@ def test_no_chain_is_blamed_where_r_hat_fails_by_a_little() -> None:
     x[1] += 2.0
     found = diagnose(x, {"diverging": torch.zeros(4, 500, dtype=torch.bool)})
     assert [f.chains for f in found.findings if f.kind == "disagreement"] == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("observables", "message"),
+    [
+        (lambda sites: sites["x"], "observables must be a dictionary of functions .* function"),
+        ({"y": lambda sites: sites["y"]}, r"observables\['y'\] must .* \['x'\], .*KeyError\('y'\)"),
+        ({"y": lambda x: x**2}, r"observables\['y'\] must be a function of the dict.*TypeError"),
+        ({"y": lambda x: x.mean(-1)}, r"observables\['y'\] must be .*AttributeError"),
+    ],
+)
+def test_observables_are_functions_of_the_sites(observables: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        diagnose(torch.zeros(4, 10), observables=observables)
+
+
+def test_a_diagnosis_has_no_truth_value() -> None:
+    with pytest.raises(TypeError, match=r"use diagnosis\.mixed"):
+        bool(Diagnosis(1.0, 1e4, 1e4, 0.9, 0, 1.0))

@@ -234,7 +234,9 @@ def test_a_state_in_the_midst_of_warm_up_needs_the_same_warm_up() -> None:
     broken = driven(HMC())
     with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
         broken.run(Stops(100))
-    with pytest.raises(ValueError, match="must be of the settings of this run"):
+    with pytest.raises(
+        ValueError, match=r"^warmup_steps differs: 62 in the state, 63 here; constr"
+    ):
         driven(HMC(), warmup_steps=63).load_state_dict(broken.state_dict(), Stops())
     with pytest.raises(ValueError, match="finished its warm-up"):
         broken.run_more(3)
@@ -536,6 +538,43 @@ def test_a_missing_or_foreign_part_is_named(
                 open_run(tmp_path / "run")
         path.write_bytes(kept)
     assert open_run(tmp_path / "run").posterior["x"].shape == (3, 3, 2)
+
+
+def test_a_run_is_resumed_with_its_settings_alone(tmp_path: Path) -> None:
+    def like(**changed: Any) -> MCMC:
+        settings = {"num_samples": 6, "num_chains": 8, "chain_batch_size": 4, "warmup_steps": 0}
+        return MCMC(MALA(0.5), progress=False, **(settings | changed))  # type: ignore[arg-type]
+
+    whole, run = like(seed=5, num_samples=9), like(seed=5)
+    wide = like(seed=5, chain_batch_size=8)
+    whole.run(Stops())
+    run.run(Stops(), store=tmp_path / "run")
+    wide.run(Stops(), store=tmp_path / "wide")
+    for changed, message in (
+        ({"chain_batch_size": 64}, "^chain_batch_size differs: 4 in the folder, 8 here; construct"),
+        ({"chain_batch_size": 2}, "^chain_batch_size differs: 4 in the folder, 2 here; construct"),
+        ({"seed": 6}, "^seed differs: 5 in the folder, 6 here; construct"),
+        ({"num_samples": 5}, "num_samples must be at least 6, .* got num_samples=5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            like(**changed).resume(Stops(), tmp_path / "run")
+    longer = like(num_samples=9)
+    longer.resume(Stops(), tmp_path / "run")
+    assert longer.seed == 5
+    assert_same(longer, whole)
+    same = like(chain_batch_size=64)  # above the number of chains: one batch
+    same.resume(Stops(), tmp_path / "wide")
+    assert_same(same, wide)
+
+
+def test_a_run_whose_state_was_removed_is_not_continued(tmp_path: Path) -> None:
+    run = driven(MALA(0.5), 3, warmup_steps=0, num_samples=3)
+    run.run(Stops(), store=tmp_path)
+    path = tmp_path / "batch00000.safetensors"
+    path.unlink()
+    with pytest.raises(FileError, match="there is no such file") as caught:
+        run.run_more(2)
+    assert caught.value.path == path
 
 
 def test_a_run_that_another_continued_is_not_continued_from_memory(tmp_path: Path) -> None:

@@ -157,12 +157,12 @@ def test_run_more_equals_one_longer_run_and_a_saved_run_goes_on_the_same(tmp_pat
     assert other.to_arviz().posterior["x"].shape == (8, 60)
     assert other.seed == short.seed
     state = short.state_dict()
-    for stranger in (
-        MCMC(NUTS(), 1, num_chains=3),
-        MCMC(MALA(), 1, num_chains=8),
-        MCMC(NUTS(), 1, num_chains=8, thinning=2),
+    for stranger, message in (
+        (MCMC(NUTS(), 1, num_chains=3), "^num_chains differs: 8 in the state, 3 here; chain_batch"),
+        (MCMC(MALA(), 1, num_chains=8), "^kernel differs: NUTS in the state, MALA here; "),
+        (MCMC(NUTS(), 1, num_chains=8, thinning=2), "^thinning differs: 1 in the state, 2 here; "),
     ):
-        with pytest.raises(ValueError, match="must be of the settings of this run"):
+        with pytest.raises(ValueError, match=message):
             stranger.load_state_dict(state, energy)
     with pytest.raises(ValueError, match="must be of the energy given"):
         MCMC(NUTS(), 1, num_chains=8).load_state_dict(state, 2.0 * energy)

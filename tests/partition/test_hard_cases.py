@@ -19,6 +19,7 @@ from torch.distributions import Distribution, constraints
 
 from pyroebm import HMC, MALA, Energy, Gibbs
 from pyroebm.core import Unnormalized
+from pyroebm.energies import BernoulliRBM
 from pyroebm.flows import importance_sample
 from pyroebm.partition import (
     LogZ,
@@ -236,6 +237,21 @@ def test_chains_that_say_nothing_are_refused_by_the_bridge() -> None:
             bridge(energy, draws=draws, base=base)
     result = bridge(energy, draws=short.flatten(), base=base, generator=noise(1))
     within_se(result.value, HALF, result.standard_error)
+
+
+def test_discrete_chains_may_be_constant_by_chance() -> None:
+    machine = BernoulliRBM(2, 1).double()
+    with torch.no_grad():
+        machine.weight.zero_()
+        machine.visible_bias.fill_(-4.0)
+    draws = machine.sample(1000, noise()).reshape(50, 20, 2)
+    assert bool((draws == draws[:, :1]).flatten(1).all(1).any())
+    result = bridge(machine, draws=draws, generator=noise(1))
+    within_se(result.value, math.log(2) + 2 * math.log1p(math.exp(-4)), result.standard_error)
+    at_rare = torch.cat([draws[:49], torch.ones_like(draws[49:])])
+    for given, message in ((at_rare, r"1 of 50 never did \(numbers 49\)"), (0 * draws, "50 of 50")):
+        with pytest.raises(ValueError, match=message):
+            bridge(machine, draws=given, generator=noise(1))
 
 
 def test_densities_that_hardly_overlap_have_no_standard_error() -> None:

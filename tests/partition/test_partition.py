@@ -1241,3 +1241,12 @@ def test_a_machine_that_is_no_distribution_has_no_value_and_no_draws(
     for call in (lambda: partition.exact(machine), lambda: machine.sample(3)):
         with pytest.raises(FloatingPointError, match="not finite"):
             call()
+
+
+def test_a_quadrature_states_the_tolerance_that_it_did_not_reach() -> None:
+    text = str(partition.quadrature(DoubleWell(), tolerance=1e-12))
+    assert "tolerance 1e-12 not reached in float32; use float64)" in text
+    assert "draws" not in text
+    jump = Unnormalized(lambda x: -x.square() - (x > 0.1234).to(x.dtype)).double()
+    text = str(partition.quadrature(jump, tolerance=1e-12))
+    assert "tolerance 1e-12 not reached by the finest rule)" in text

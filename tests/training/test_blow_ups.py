@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pyroebm.energies import MLPEnergy
+from pyroebm.flows import NICE
 from pyroebm.kernels import MALA, ULA
 from pyroebm.objectives import (
     ContrastiveDivergence,
+    DenoisingScoreMatching,
     ReplayBufferCD,
+    ReverseKL,
 )
+from pyroebm.targets import Gaussian
 from pyroebm.training import Batches, Guard, StepError, fit, guards
 
 F64 = torch.float64
@@ -265,6 +269,60 @@ def test_a_blow_up_is_one_error(name: str) -> None:
         train()
     assert caught.value.step == AT
     assert "grad_norm" in caught.value.metrics
+
+
+class Fails(DenoisingScoreMatching):
+    """It fails before a step."""
+
+    def begin_step(self, step: int, num_steps: int) -> None:
+        if step == AT:
+            raise LookupError("no such step")
+
+
+def test_an_exception_before_a_step_or_in_the_validation_is_a_step_error() -> None:
+    with pytest.raises(StepError, match="at step 5 LookupError was raised: no such") as caught:
+        fit(net(), Fails(0.5), DATA, num_steps=12)
+    assert isinstance(caught.value.__cause__, LookupError)
+    energy = net()
+    states: list[dict[str, Tensor]] = []
+
+    class Second(DenoisingScoreMatching):
+        """It fails at the second evaluation on validation data."""
+
+        def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            states.append({k: v.clone() for k, v in module.state_dict().items()})
+            if len(states) == 2:
+                raise LookupError("no such row")
+            return super().forward(module, *args, **kwargs)
+
+    with pytest.raises(StepError, match="at step 5 LookupError was raised in the vali") as caught:
+        fit(
+            energy,
+            DenoisingScoreMatching(0.5),
+            DATA,
+            num_steps=12,
+            validation=DATA,
+            validation_objective=Second(0.5),
+            validate_every=3,
+            keep_best=True,
+        )
+    assert isinstance(caught.value.__cause__, LookupError)
+    assert caught.value.step == AT
+    assert "grad_norm" in caught.value.metrics
+    # the weights after step 2, the only ones whose loss is known
+    torch.testing.assert_close(energy.state_dict(), states[0], rtol=0, atol=0)
+
+
+def test_a_training_is_closed_after_an_exception() -> None:
+    objective = ReverseKL(Gaussian(torch.zeros(2)), beta_start=0.1, anneal=1.0)
+
+    def fail(*_: Any) -> None:
+        if objective.beta > 0.15:
+            raise LookupError("no such step")
+
+    with pytest.raises(StepError):
+        fit(NICE(2), objective, num_steps=12, transform=fail)
+    assert objective.beta == 1.0
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, LookupError("no such image")])
