@@ -112,6 +112,15 @@ class _Joint(RowwiseEnergy):
         return self.posterior._name()
 
 
+class _Simulations(MCMC):
+    """A run on the posteriors of many data sets."""
+
+    def _warn_of_edges(self, target: Energy, x: Tensor) -> None:
+        # on lines of states, on which these posteriors, one for each chain, cannot be evaluated
+        if isinstance(target, _Posteriors):
+            super()._warn_of_edges(target.joint.posterior, x)
+
+
 class _Posteriors(Energy):
     """The posteriors of many data sets: chain i moves on that of data set i.
 
@@ -394,7 +403,7 @@ def sbc(
         truth[LOG_DENSITY] = -energy(joint.posterior.unconstrain(truth))
     _check_finite(truth)
     thinning = THINNING
-    mcmc = MCMC(
+    mcmc = _Simulations(
         NUTS() if kernel is None else kernel,
         num_draws * thinning,
         warmup_steps,

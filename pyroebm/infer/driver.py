@@ -244,7 +244,7 @@ class Vectorized:
     def _repeated(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.expand(self.num_chains, *value.shape) for name, value in params.items()}
 
-    def _driver(self, seed: int, energy: ModelEnergy | PotentialEnergy | None) -> Driver:
+    def _driver(self, seed: int | None, energy: ModelEnergy | PotentialEnergy | None) -> Driver:
         return Driver(
             self.kernel.build(),
             self._requested,
@@ -299,7 +299,8 @@ class Vectorized:
             raise ValueError(
                 f"save_params must name sites of {sorted(energy.shapes)}, got {sorted(unknown)}"
             )
-        run = self._driver(seed, energy)
+        # a run that is finished keeps its seed
+        run = self._driver(self.seed if resume else seed, energy)
         run.watch(kernel, energy, self.hook_fn, receiver and receiver(energy))
         if resume:
             self._finish(run, lambda: run.resume(energy, self.store))

@@ -300,7 +300,7 @@ def test_a_run_that_streams_is_the_run_in_memory(
         mcmc.run_more(3)
     assert_same(memory, stored)
     assert open_run(tmp_path).posterior["x"].shape == (8, 9)
-    later = driven(NUTS(), warmup_steps=10)
+    later = driven(NUTS(), num_samples=9, warmup_steps=10)
     later.resume(energy, tmp_path)
     assert_same(later, memory)
 
@@ -672,7 +672,7 @@ def test_a_run_goes_on_under_the_implementation_that_began_it() -> None:
     mcmc, energy = MCMC(NUTS(), 10, 10, 4, seed=0), DoubleWell().double()
     mcmc.run(energy)
     other = MCMC(LockstepNUTS(), 10, 10, 4, seed=0)
-    with pytest.raises(ValueError, match=r"'kernel': 'LockstepNUTS'.*'runs_ahead': False"):
+    with pytest.raises(ValueError, match="kernel differs: NUTS in the state, Lockstep"):
         other.load_state_dict(mcmc.state_dict(), energy)
 
 
@@ -686,7 +686,7 @@ def test_without_numba_chains_move_in_lock_step(monkeypatch: pytest.MonkeyPatch)
         mcmc.run(energy)
         found.append(mcmc.get_samples()["x"])
         if state is not None:
-            with pytest.raises(ValueError, match="'runs_ahead': False"):
+            with pytest.raises(ValueError, match="runs_ahead differs: True in the state"):
                 MCMC(NUTS(), 10, 10, 4, seed=0).load_state_dict(state, energy)
         state = mcmc.state_dict()
     lockstep = MCMC(LockstepNUTS(), 10, 10, 4, seed=0)
