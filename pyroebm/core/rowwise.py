@@ -45,9 +45,9 @@ MAX_GRAPHS = 8
 #: Number of evaluations that must agree if random numbers are drawn, and that estimate rounding.
 NUM_REPEATS = 8
 
-#: Perturbation of all operations, in units of the last place, and the multiple of the resulting
-#: change for one unit by which two evaluations may differ.
-PERTURBATION = 2.0**10
+#: Perturbations of all operations to try, in units of the last place, and the multiple of the
+#: resulting change for one unit by which two evaluations may differ.
+PERTURBATIONS = (2.0**10, 2.0**5, 1.0)
 ROUNDING_FACTOR = 10.0
 
 
@@ -498,33 +498,38 @@ class RowwiseEnergy(Energy):
             # draws may be equal by chance
             more = (self(rows) for _ in range(NUM_REPEATS if drawn else 0))
             for again in itertools.chain((second,), more):
-                differs = (again.nan_to_num() - values.nan_to_num()).abs()
-                if not bool(differs.any()):
+                same = (again == values) | (again.isnan() & values.isnan())
+                if bool(same.all()):
                     continue
-                bound = self._rounding(rows, values) if bound is None else bound
-                if bool((differs > bound).any()):
+                bound = self._rounding(rows, values, drawn) if bound is None else bound
+                if not bool((same | ((again - values).abs() <= bound)).all()):
                     raise ValueError(
                         f"{self._randomness(drawn)}. It gave {values.tolist()} and then"
                         f" {again.tolist()} for the same states"
                     )
 
-    def _rounding(self, rows: Tensor, values: Tensor) -> Tensor:
+    def _rounding(self, rows: Tensor, values: Tensor, drawn: str | None) -> Tensor:
         """Bound the differences between evaluations of a deterministic function.
 
         Threads and the alignment of memory choose the order of sums. The changes by perturbed
         operations are proportional to the perturbation, those by random numbers are not.
         """
-        perturbed = []
-        for seed in range(NUM_REPEATS):
-            try:
-                with PerturbedRounding(seed, PERTURBATION):
-                    perturbed.append(self(rows))
-            # the model's own code may check its numbers exactly
-            except Exception:
-                return torch.full_like(values, torch.inf)
-        change: Tensor = (torch.stack(perturbed) - values).abs().amax(0) / PERTURBATION
         least: Tensor = (1.0 + values.abs()) * torch.finfo(self.dtype).eps ** 0.5
-        return least + ROUNDING_FACTOR * change
+        for units in PERTURBATIONS:
+            try:
+                change = torch.stack([self._perturbed(rows, k, units) for k in range(NUM_REPEATS)])
+            # A factor may not exist for perturbed numbers, or the model's own code checks them.
+            except Exception:
+                continue
+            largest = (change - values).abs().amax(0) / units
+            if bool(torch.isfinite(largest).all()):
+                return least + ROUNDING_FACTOR * largest
+        # What draws no random number of torch is then taken for deterministic.
+        return torch.full_like(values, torch.inf) if drawn is None else least
+
+    def _perturbed(self, rows: Tensor, seed: int, units: float) -> Tensor:
+        with PerturbedRounding(seed, units):
+            return self(rows)
 
     def _randomness(self, operation: str | None) -> str:
         return (

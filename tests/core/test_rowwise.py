@@ -393,6 +393,26 @@ def test_random_numbers_of_others_are_seen() -> None:
         Rows(lambda u: u.sum() * rng.random())
 
 
+def checks_its_numbers(x: Tensor) -> Tensor:
+    doubled = x + x
+    if not torch.equal(doubled * 0.5, x):
+        raise ArithmeticError("the double of x is not exact")
+    return doubled.square().sum() + torch.randn(())
+
+
+def rarely_finite(x: Tensor) -> Tensor:
+    return torch.where(torch.rand(()) < 0.5, 0.0, torch.nan) + 0.0 * x.sum()
+
+
+@pytest.mark.filterwarnings("ignore:Rows cannot be:RuntimeWarning")
+@pytest.mark.parametrize("row", [checks_its_numbers, rarely_finite])
+def test_random_numbers_are_seen_in_code_that_fails_when_rounded(row: Row) -> None:
+    """Where rounding cannot be measured, and where values are NaN."""
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="depends on a random number"):
+        Rows(row)
+
+
 class DropoutInTraining(Rows):
     """The evaluation mode, in which MCMC runs, has no dropout."""
 
@@ -449,6 +469,6 @@ def test_rounding_is_no_random_number(dtype: torch.dtype, size: int) -> None:
 
 
 def test_mutant_no_rounding_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rows, "_rounding", lambda self, rows, values: torch.zeros(2))
+    monkeypatch.setattr(Rows, "_rounding", lambda *_: torch.zeros(2))
     with pytest.raises(ValueError, match="a random number that is not a sample site"):
         OtherRounding(ill_conditioned(torch.float64, 20))

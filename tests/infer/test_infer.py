@@ -480,11 +480,11 @@ def test_results_are_read_as_in_pyro(capsys: pytest.CaptureFixture[str]) -> None
         "Number of divergences: 0",
     ):
         assert word in printed
-    facts = mcmc.diagnostics()
-    assert set(facts) == {"precision", "mean", "divergences", "acceptance rate"}
-    assert set(facts["mean"]) == {"n_eff", "r_hat"}
-    assert list(facts["acceptance rate"]) == [f"chain {c}" for c in range(4)]
-    assert 0.5 < facts["acceptance rate"]["chain 0"] <= 1.0
+    found = mcmc.diagnostics()
+    assert set(found) == {"precision", "mean", "divergences", "acceptance rate"}
+    assert set(found["mean"]) == {"n_eff", "r_hat"}
+    assert list(found["acceptance rate"]) == [f"chain {c}" for c in range(4)]
+    assert 0.5 < found["acceptance rate"]["chain 0"] <= 1.0
     data = mcmc.to_arviz()
     assert data.posterior["precision"].shape == (4, 40)
     assert {"lp", "energy", "diverging", "acceptance_rate", "n_steps", "tree_depth"} <= set(

@@ -59,9 +59,9 @@ def test_a_caller_moves_a_chain(name: str) -> None:
         within_se(f.mean(), truth, mcse_mean(f))
     # what Pyro's kernels have
     assert list(kernel.logging()) == ["step size", "acc. prob"]
-    facts = kernel.diagnostics()
-    assert facts["divergences"] == []
-    assert 0.5 < facts["acceptance rate"] <= 1.0
+    found = kernel.diagnostics()
+    assert found["divergences"] == []
+    assert 0.5 < found["acceptance rate"] <= 1.0
     assert kernel.step_size != 1.0
     assert kernel.inverse_mass_matrix[("rate",)].shape == (1,)
     torch.testing.assert_close(kernel.transforms["rate"].inv(params["rate"]), x[0, -1])

@@ -494,11 +494,11 @@ def test_statistics_are_those_of_the_draws(chains: int) -> None:
         assert found[chain, "mu"]["count"] == 10
         torch.testing.assert_close(found[chain, "mu"]["mean"], kept["mu"][chain].mean())
         torch.testing.assert_close(found[chain, "mu"]["variance"], kept["mu"][chain].var())
-    facts = stream.diagnostics()
-    assert set(facts["mu"]) == {"r_hat"}
+    found = stream.diagnostics()
+    assert set(found["mu"]) == {"r_hat"}
     stats = drawn(seed=0, num_chains=chains).get_stats()["acceptance_rate"].mean(1)
     for chain in range(chains):
-        assert facts["acceptance rate"][f"chain {chain}"] == pytest.approx(float(stats[chain]))
+        assert found["acceptance rate"][f"chain {chain}"] == pytest.approx(float(stats[chain]))
 
 
 def test_statistics_are_of_values_that_a_hook_changed() -> None:
