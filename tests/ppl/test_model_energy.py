@@ -667,7 +667,7 @@ def test_a_deterministic_model_is_not_refused(
     torch.set_default_dtype(dtype)
     # 4, and 16 more that estimate the rounding unless the sums are equal by chance
     assert 20 in {fit(seed).calls for seed in range(30)}
-    monkeypatch.setattr(OtherRounding, "_rounding", lambda self, rows, values: torch.zeros(2))
+    monkeypatch.setattr(OtherRounding, "_rounding", lambda *_: torch.zeros(2))
     with pytest.raises(ValueError, match="a random number that is not a sample site"):
         fit(0)
 
